@@ -1,0 +1,51 @@
+# Everything is installed into .venv, again only when constraints.txt or pyproject.toml changed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+TTS_HOST ?= 127.0.0.1
+TTS_PORT ?= 8000
+export TTS_HOST TTS_PORT
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check format bench clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/.serve ## install what the server needs
+serve: $(VENV)/.serve ## serve on TTS_HOST:TTS_PORT
+	@exec $(BIN)/qwen3-tts serve
+
+test: $(VENV)/.test ## run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## lint, formatting, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test ## measure the running server against itself and a bare file server
+	$(BIN)/python -m tests.bench.server
+
+clean: ## remove what was installed and cached
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+
+$(VENV)/.serve: constraints.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[pico,piper]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	$(PIP) -e ".[pico,piper,test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) -e ".[pico,piper,test,dev]"
+	@touch $@

@@ -1,0 +1,42 @@
+"""The one narrow seam between the service and whatever makes sound."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Protocol
+
+from ..domain import AudioChunk, Capabilities, Readiness, Segment, SpeechRequest, Voice
+
+
+class Backend(Protocol):
+    """Something that can speak.
+
+    `start` returns once the backend has spoken a first real sound; until then `readiness` says the phase.
+    `capabilities` is meaningful after `start`.
+    """
+
+    name: str
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def readiness(self) -> Readiness: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None:
+        """End every process and thread of the backend; running `speak` calls fail."""
+        ...
+
+    def speak(
+        self, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]
+    ) -> AsyncGenerator[AudioChunk, None]:
+        """Yield the segments' sound in order, in one or more chunks per segment.
+
+        Closing the generator frees what it holds within one segment. Raises SynthesisFailed.
+        """
+        ...
+
+    def text_tokens(self, text: str) -> int | None:
+        """The text's length in the backend's own tokens; None where it has none."""
+        ...

@@ -1,0 +1,114 @@
+"""The error tree: each class carries its HTTP status and its OpenAI type and code.
+
+    SpeechError
+    ├── InvalidRequest              400
+    │   └── PayloadTooLarge         413
+    ├── Unauthorized                401
+    ├── InsufficientBalance         402
+    ├── NotFound                    404
+    ├── RateLimited                 429, Retry-After
+    ├── SynthesisFailed             500
+    │   └── HoldLost                500
+    └── Unavailable                 503, Retry-After
+        ├── NotReady
+        ├── Overloaded
+        ├── ShuttingDown
+        └── TimedOut
+
+Messages are written for the client: they never quote internals. Rooms raise these; routers map them.
+"""
+
+from __future__ import annotations
+
+
+class SpeechError(Exception):
+    """Base of all that is answered as an OpenAI error body."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(SpeechError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class PayloadTooLarge(InvalidRequest):
+    status = 413
+    code = "payload_too_large"
+
+
+class Unauthorized(SpeechError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class InsufficientBalance(SpeechError):
+    status = 402
+    type = "insufficient_quota"
+    code = "insufficient_balance"
+
+    def __init__(self, balance_micros: int, price_micros: int) -> None:
+        super().__init__(f"The balance of {balance_micros} micro-units does not cover {price_micros}.")
+        self.balance_micros = balance_micros
+
+
+class NotFound(SpeechError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class SynthesisFailed(SpeechError):
+    code = "synthesis_failed"
+
+
+class HoldLost(SynthesisFailed):
+    """A hold was released by another process because this one seemed dead (its lease ran out)."""
+
+    code = "hold_lost"
+
+
+class Retryable(SpeechError):
+    """Something that may succeed later: answered with Retry-After."""
+
+    def __init__(self, message: str, *, retry_after: int = 1, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
+
+
+class RateLimited(Retryable):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class Unavailable(Retryable):
+    status = 503
+    code = "unavailable"
+
+
+class NotReady(Unavailable):
+    code = "not_ready"
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"
+
+
+class ShuttingDown(Unavailable):
+    code = "shutting_down"
+
+
+class TimedOut(Unavailable):
+    code = "timed_out"
