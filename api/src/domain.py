@@ -16,6 +16,17 @@ FRAME_SECONDS = 0.08
 """Length of one codec frame of Qwen3-TTS 12 Hz; the unit of output tokens where a backend has none."""
 
 AudioFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm", "ogg"]
+MEDIA_TYPES: Mapping[AudioFormat, str] = {
+    "mp3": "audio/mpeg",
+    "opus": "audio/opus",
+    "aac": "audio/aac",
+    "flac": "audio/flac",
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+    "ogg": "audio/ogg",
+}
+"""The Content-Type of each format, as OpenAI's API names them."""
+
 VoiceKind = Literal["built_in", "cloned", "designed"]
 Outcome = Literal["completed", "cancelled", "cached", "failed"]
 
@@ -34,9 +45,10 @@ class Account:
 class SpeechRequest:
     """One spoken request, free of HTTP.
 
-    `voice` and `model` are as the client wrote them; the service resolves them. `language` is an English
-    name in lower case ("german") or "auto". `store` false means: neither read from the cache nor write to it.
-    `idempotency_key` and `body_digest` tell a repeat from a new request that reuses the key by mistake.
+    `voice`, `model` and `language` are as the client wrote them until the service has resolved them: a backend
+    gets a native model id, and the language as its English name in lower case or "auto". `store` false means:
+    neither read from the cache nor write to it. `idempotency_key` and `body_digest` tell a repeat from a new
+    request that reuses the key by mistake.
     """
 
     id: str

@@ -1,0 +1,124 @@
+"""The console script: serve, say something, look after the ledger."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+
+from .domain import MEDIA_TYPES, SpeechRequest
+from .errors import InvalidRequest, SpeechError
+from .main import build_backend, build_ledger, build_service, create_app
+from .observe import Metrics, configure_logging
+from .settings import Settings
+from .stores.ledger_sqlite import SqliteLedger
+
+T = TypeVar("T")
+
+GRACE_S = 5
+"""Seconds that uvicorn gives open connections after the drain."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(Settings(), options))
+    except SpeechError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qwen3-tts", description="Speech server for Qwen3-TTS.")
+    commands = parser.add_subparsers(required=True)
+    serve = commands.add_parser("serve", help="serve on TTS_HOST:TTS_PORT")
+    serve.set_defaults(run=_serve)
+    say = commands.add_parser("say", help="speak a text into a file, without a server")
+    say.add_argument("text")
+    say.add_argument("-o", "--output", type=Path, default=Path("speech.mp3"), help="its suffix is the format")
+    say.add_argument("--voice", default="alloy")
+    say.add_argument("--language", default="auto")
+    say.add_argument("--speed", type=float, default=1.0)
+    say.set_defaults(run=_say)
+    credit = commands.add_parser("credit", help="add micro-units to an account's wallet")
+    credit.add_argument("account")
+    credit.add_argument("micros", type=int)
+    credit.add_argument("--reference", required=True, help="the same reference is credited once")
+    credit.set_defaults(run=_credit)
+    check = commands.add_parser("check-ledger", help="prove that every balance equals the sum of its entries")
+    check.set_defaults(run=_check_ledger)
+    return parser
+
+
+def _serve(settings: Settings, options: argparse.Namespace) -> int:
+    app = create_app(settings)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # the app leaves its own line per request, without client data
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    return 0
+
+
+def _say(settings: Settings, options: argparse.Namespace) -> int:
+    audio_format = options.output.suffix.removeprefix(".").lower()
+    if audio_format not in MEDIA_TYPES:
+        raise InvalidRequest(f"The output's suffix must be one of: {', '.join(MEDIA_TYPES)}.")
+    request = SpeechRequest(
+        id=f"cli_{uuid.uuid4().hex}",
+        account="cli",
+        model="tts-1",
+        text=options.text,
+        voice=options.voice,
+        format=audio_format,
+        speed=options.speed,
+        language=options.language,
+    )
+    configure_logging("warning")
+    asyncio.run(_speak(settings, request, options.output))
+    return 0
+
+
+async def _speak(settings: Settings, request: SpeechRequest, output: Path) -> None:
+    service = build_service(settings, build_backend(settings), Metrics())
+    await service.start()
+    try:
+        await service.wait_ready()
+        audio = b"".join([chunk.data async for chunk in service.generate_speech(request)])
+        await asyncio.to_thread(output.write_bytes, audio)
+    finally:
+        await service.close()
+
+
+def _credit(settings: Settings, options: argparse.Namespace) -> int:
+    async def credit(ledger: SqliteLedger) -> int:
+        return await ledger.credit(options.account, options.micros, options.reference)
+
+    balance = asyncio.run(_with_ledger(settings, credit))
+    print(f"{options.account}: {balance} micro-units")
+    return 0
+
+
+def _check_ledger(settings: Settings, options: argparse.Namespace) -> int:
+    faults = asyncio.run(_with_ledger(settings, SqliteLedger.check))
+    print("\n".join(faults) if faults else "The ledger is sound.")
+    return 1 if faults else 0
+
+
+async def _with_ledger(settings: Settings, work: Callable[[SqliteLedger], Coroutine[Any, Any, T]]) -> T:
+    ledger = build_ledger(settings)
+    await ledger.start()
+    try:
+        return await work(ledger)
+    finally:
+        await ledger.close()

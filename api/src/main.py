@@ -1,0 +1,113 @@
+"""The only place where the rooms are joined: settings in, a FastAPI app out, and its life from start to stop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from .backends.base import Backend
+from .backends.embedded import EmbeddedBackend
+from .observe import Metrics, configure_logging
+from .routers import billing, openai_compatible, system
+from .routers.guards import HttpPolicy, Keys
+from .routers.middleware import CollapseSlashes, RequestRecord
+from .routers.responses import EXCEPTION_HANDLERS
+from .settings import Settings
+from .shutdown import drain_on_signal
+from .speech.admission import Admission
+from .speech.catalogue import Catalogue
+from .speech.service import Limits, Qwen3TTSService
+from .speech.threads import Threads
+from .stores.cache import SpeechCache
+from .stores.ledger_sqlite import SqliteLedger
+from .stores.rates import RateCard
+
+EXPOSED_HEADERS = ["Content-Disposition", "Retry-After", "X-Cache", "X-Model", "X-Request-Id", "X-Voice"]
+
+IO_THREADS = 4
+"""Threads beside one encoder per generation: cache look-ups and reads."""
+
+
+def create_app(settings: Settings | None = None, *, backend: Backend | None = None) -> FastAPI:
+    """The whole server. `backend` replaces the one that the settings name."""
+    settings = settings or Settings()
+    configure_logging(settings.log_level)
+    metrics = Metrics()
+    app = FastAPI(
+        title="Qwen3-TTS server",
+        version=version("qwen3-tts-server"),
+        description="OpenAI-compatible text-to-speech.",
+        lifespan=_lifespan,
+        middleware=_middleware(settings, metrics),
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+    app.state.metrics = metrics
+    app.state.http_policy = _http_policy(settings)
+    app.state.tts_service = build_service(settings, backend or build_backend(settings), metrics)
+    for module in (openai_compatible, billing, system):
+        app.include_router(module.router)
+    return app
+
+
+def build_backend(settings: Settings) -> Backend:
+    """The backend that `settings.backend` names."""
+    return EmbeddedBackend(workers=settings.embedded_workers)
+
+
+def build_ledger(settings: Settings) -> SqliteLedger:
+    """The ledger behind `settings.ledger_url`, not started yet."""
+    return SqliteLedger(settings.ledger_path, lease_s=settings.hold_lease_s)
+
+
+def build_service(settings: Settings, backend: Backend, metrics: Metrics) -> Qwen3TTSService:
+    """The service with everything that it owns, not started yet."""
+    return Qwen3TTSService(
+        backend=backend,
+        catalogue=Catalogue(backend, settings.model_aliases),
+        cache=SpeechCache(settings.cache_dir, settings.cache_max_bytes),
+        ledger=build_ledger(settings),
+        rates=RateCard.load(settings.prices_file),
+        admission=Admission(settings.max_concurrent, settings.queue_size),
+        threads=Threads(settings.max_concurrent + IO_THREADS),
+        metrics=metrics,
+        limits=Limits(
+            max_input_characters=settings.max_input_characters,
+            request_timeout_s=settings.request_timeout_s,
+            drain_timeout_s=settings.drain_timeout_s,
+        ),
+    )
+
+
+def _http_policy(settings: Settings) -> HttpPolicy:
+    keys = [(name, key.get_secret_value()) for name, key in settings.api_keys]
+    admin_key = settings.admin_key.get_secret_value() if settings.admin_key else None
+    return HttpPolicy(Keys(keys, admin_key), settings.max_body_bytes, settings.stall_timeout_s)
+
+
+def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+    stack = [Middleware(RequestRecord, metrics=metrics)]
+    if settings.cors_origins:
+        stack.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS,
+            )
+        )
+    return [*stack, Middleware(CollapseSlashes)]
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Qwen3TTSService = app.state.tts_service
+    await service.start()
+    with drain_on_signal(service.drain):
+        yield
+    await service.close()

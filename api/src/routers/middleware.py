@@ -1,0 +1,65 @@
+"""What happens to every request before routing: its id, its log line, its doubled slashes.
+
+Plain ASGI: Starlette's BaseHTTPMiddleware would stand between a response and its client's hang-up.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..observe import Metrics, request_id
+
+_log = logging.getLogger("api.access")
+
+
+class CollapseSlashes:
+    """Answer `/v1//audio/voices` like `/v1/audio/voices`: a base URL with a trailing slash makes them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "//" in scope["path"]:
+            scope = {**scope, "path": re.sub("/{2,}", "/", scope["path"])}
+        await self._app(scope, receive, send)
+
+
+class RequestRecord:
+    """Give each request an id, answer it as X-Request-Id, and leave one log line without client data."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        identity = f"req_{uuid.uuid4().hex}"
+        token = request_id.set(identity)
+        started, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            self._leave_record(scope, status, time.perf_counter() - started)
+            request_id.reset(token)
+
+    def _leave_record(self, scope: Scope, status: int, seconds: float) -> None:
+        # The route's template, not the path: what a client sent stays out of logs and label values.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._metrics.requests.labels(route, status).inc()
+        fields = {"route": route, "status": status, "ms": round(seconds * 1000, 1)}
+        _log.info("request", extra={"fields": fields})

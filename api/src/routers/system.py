@@ -1,0 +1,46 @@
+"""Is it alive, is it ready, what is it, how does it fare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import JSONResponse, Response
+
+from ..observe import Metrics
+from .guards import Service
+from .schemas import ErrorResponse
+
+router = APIRouter()
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process is alive."""
+    return {"status": "ok"}
+
+
+@router.get("/ready", responses={503: {"description": "Not ready: the phase and why."}})
+async def ready(service: Service) -> JSONResponse:
+    """Whether speech can be had now; 503 with phase and reason until then."""
+    readiness = service.readiness()
+    body = {"ready": readiness.ready, "phase": readiness.phase, "reason": readiness.reason}
+    if readiness.ready:
+        return JSONResponse(body)
+    return JSONResponse(body, 503, {"Retry-After": "1"})
+
+
+@router.get("/version", responses={503: {"model": ErrorResponse}})
+async def version(request: Request, service: Service) -> dict[str, Any]:
+    """The server's version and the backend that speaks."""
+    return {"version": request.app.version, "backend": service.backend.name}
+
+
+@router.get("/metrics", response_class=Response, responses={503: {"model": ErrorResponse}})
+async def metrics(request: Request, service: Service) -> Response:
+    """Prometheus metrics."""
+    shown: Metrics = request.app.state.metrics
+    shown.running.set(service.admission.running)
+    shown.waiting.set(service.admission.waiting)
+    return Response(generate_latest(shown.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,101 @@
+"""Every setting of the server: environment variables with the prefix TTS_, or lines of a .env file.
+
+Read by main and the command line alone; rooms receive plain values. `.env.example` lists them all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+CommaSeparated = Annotated[list[str], NoDecode]
+Pairs = Annotated[dict[str, str], NoDecode]
+SecretPairs = Annotated[list[tuple[str, SecretStr]], NoDecode]
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="TTS_",
+        env_file=".env",
+        extra="ignore",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # a mistyped TTS_API_KEYS must not print its secrets
+    )
+
+    # --- where it listens ---
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    cors_origins: CommaSeparated = []
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    # --- what speaks ---
+    backend: Literal["embedded"] = "embedded"
+    embedded_workers: int = Field(default=2, ge=1, le=64)
+    model_aliases: Pairs = {}
+
+    # --- bounds of a request ---
+    max_input_characters: int = Field(default=4096, ge=1)
+    max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
+
+    # --- load ---
+    max_concurrent: int = Field(default=4, ge=1)
+    queue_size: int = Field(default=32, ge=0)
+    request_timeout_s: float = Field(default=60.0, gt=0)
+    stall_timeout_s: float = Field(default=30.0, gt=0)
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+
+    # --- what is kept ---
+    cache_dir: Path = Path("data/cache")
+    cache_max_bytes: int = Field(default=2 * 1024**3, ge=0)
+    ledger_url: str = "sqlite:///data/ledger.db"
+    hold_lease_s: float = Field(default=60.0, ge=0.5)
+
+    # --- who may ask, and what it costs ---
+    api_keys: SecretPairs = []
+    admin_key: SecretStr | None = None
+    prices_file: Path | None = None
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_list(cls, value: object) -> object:
+        return _items(value) if isinstance(value, str) else value
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        return _pairs(value) if isinstance(value, str) else value
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _split_aliases(cls, value: object) -> object:
+        return dict(_pairs(value)) if isinstance(value, str) else value
+
+    @field_validator("ledger_url")
+    @classmethod
+    def _known_ledger(cls, value: str) -> str:
+        if not value.startswith("sqlite:///"):
+            raise ValueError("must begin with sqlite:///")
+        return value
+
+    @property
+    def ledger_path(self) -> Path:
+        """The SQLite file behind `ledger_url`."""
+        return Path(self.ledger_url.removeprefix("sqlite:///"))
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """Read `name=value,name2=value2`; a value may hold further equals signs."""
+    pairs = []
+    for item in _items(text):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if not (name and value):
+            raise ValueError("must be name=value pairs separated by commas")
+        pairs.append((name, value))
+    return pairs

@@ -1,0 +1,332 @@
+"""What a listener listens to: a run of the backend, or a finished cache entry.
+
+A Generation owns the permit, the encoder, the cache writer and the backend's generator, and runs in a task
+of the service, not of a request. It stops when its last listener has left; its failure reaches every
+listener and caches nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from ..audio.encoders import open_encoder
+from ..backends.base import Backend
+from ..domain import SAMPLE_RATE, AudioChunk, Segment, SpeechRequest, Voice
+from ..errors import SpeechError, SynthesisFailed, TimedOut
+from ..observe import Metrics
+from ..stores.cache import CacheWriter, EntryMeta, EntryReader, SpeechCache, StoredEntry
+from .admission import Permit
+from .recording import Mark, Recording, Relay
+from .threads import Threads
+
+READ_SIZE = 64 * 1024
+"""Bytes handed to a listener at once, at most."""
+
+RELAY_SIZE = 256 * 1024
+"""Bytes that an unstored generation may be ahead of its listener before it pauses."""
+
+SILENCE_SECONDS = 0.25
+"""Length of the answer to a text in which nothing can be spoken."""
+
+_STOPPED = "The speech was stopped."
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A request with every name resolved and its text segmented: all that a backend needs.
+
+    `asked_model` is the model as the client named it; `key` the cache key, None where nothing may be stored.
+    """
+
+    request: SpeechRequest
+    asked_model: str
+    voice: Voice
+    segments: tuple[Segment, ...]
+    key: str | None
+
+
+class Source(Protocol):
+    """Encoded bytes that may still be growing."""
+
+    @property
+    def marks(self) -> Sequence[Mark]: ...
+
+    @property
+    def audio_ms(self) -> int: ...
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the whole, where they are known from the start."""
+        ...
+
+    def attach(self) -> None: ...
+
+    def detach(self) -> None: ...
+
+    async def sounding(self) -> None:
+        """Start if need be, and wait until there is sound; raise what went wrong before it."""
+        ...
+
+    async def read(self, offset: int) -> tuple[bytes, bool]:
+        """Wait for bytes from `offset` on; return them and whether they are the last."""
+        ...
+
+
+class Replay:
+    """A finished cache entry, for one listener."""
+
+    def __init__(self, entry: StoredEntry, threads: Threads) -> None:
+        self._entry = entry
+        self._threads = threads
+        self.marks = entry.meta.marks
+        self.audio_ms = entry.meta.audio_ms
+        self.length = entry.length
+
+    def attach(self) -> None:
+        """The entry was opened for its one listener."""
+
+    def detach(self) -> None:
+        self._entry.close()
+
+    async def sounding(self) -> None:
+        """All of it is there."""
+
+    async def read(self, offset: int) -> tuple[bytes, bool]:
+        if self._entry.data is not None:
+            return self._entry.data[offset:], True
+        data = await self._threads.run(partial(self._entry.read, offset, READ_SIZE))
+        return data, offset + len(data) >= self._entry.length
+
+
+class Generation:
+    """One run of the backend for one script.
+
+    `on_leave` is called when the last listener has left, so that nobody new joins; `on_end` once the run is
+    over. `progress_timeout_s` bounds the wait for the backend's next chunk.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        backend: Backend,
+        cache: SpeechCache,
+        permit: Permit,
+        threads: Threads,
+        metrics: Metrics,
+        progress_timeout_s: float,
+        on_leave: Callable[[Generation], None],
+        on_end: Callable[[Generation], None],
+    ) -> None:
+        self.script = script
+        self._backend = backend
+        self._cache = cache
+        self._permit = permit
+        self._threads = threads
+        self._metrics = metrics
+        self._progress_timeout_s = progress_timeout_s
+        self._on_leave = on_leave
+        self._on_end = on_end
+        self._listeners = 0
+        self._task: asyncio.Task[None] | None = None
+        self._recording: Recording | None = None
+        self._sink: CacheWriter | Relay | None = None
+        self._reader: EntryReader | Relay | None = None
+        self._length = 0
+        self._done = False
+        self._error: SpeechError | None = None
+        self._changed = asyncio.Event()
+        self.audio_ms = 0
+        self.length = None
+
+    # --- what listeners use ---
+
+    @property
+    def marks(self) -> Sequence[Mark]:
+        return self._recording.marks if self._recording else ()
+
+    def attach(self) -> None:
+        self._listeners += 1
+
+    def detach(self) -> None:
+        """A listener leaves; the last one stops the run."""
+        self._listeners -= 1
+        if self._listeners == 0:
+            self.stop()
+            self._forget()
+
+    async def sounding(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name=f"generation {self.script.request.id}")
+            self._task.add_done_callback(self._on_done)
+        await self._moved(lambda: self._length > 0)
+
+    async def read(self, offset: int) -> tuple[bytes, bool]:
+        await self._moved(lambda: self._length > offset)
+        size = min(READ_SIZE, self._length - offset)
+        data = await self._read_some(offset, size) if size > 0 else b""
+        return data, self._done and offset + len(data) == self._length
+
+    # --- what the service uses ---
+
+    def stop(self) -> None:
+        """End the run at once, if it still runs; nobody may join any more."""
+        self._on_leave(self)
+        if self._task is None:
+            self._end(SynthesisFailed(_STOPPED))
+        else:
+            self._task.cancel()
+
+    async def ended(self) -> None:
+        """Wait until everything borrowed has been given back."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    # --- the run ---
+
+    async def _run(self) -> None:
+        with self._permit:
+            await self._permit.granted()
+            await self._record()
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        # A callback rather than a `finally`: a task cancelled before its first step runs none of its body.
+        failure = SynthesisFailed(_STOPPED) if task.cancelled() else task.exception()
+        if failure is not None and not isinstance(failure, SpeechError):
+            _log.error("generation failed", exc_info=failure)
+            failure = SynthesisFailed("The speech could not be generated.")
+        outcome = "stopped" if task.cancelled() else "failed" if failure else "completed"
+        self._metrics.generations.labels(outcome).inc()
+        self._end(failure)
+
+    async def _record(self) -> None:
+        """Speak into a recording; whatever happens, encoder and temp file are given back."""
+        stack = await self._threads.run(self._open_recording, undo=ExitStack.close)
+        try:
+            async with aclosing(self._sound()) as chunks:
+                while (chunk := await self._next(chunks)) is not None:
+                    await self._take(chunk)
+                    await self._room()
+            await self._finish()
+        finally:
+            await self._threads.run(stack.close)
+
+    def _open_recording(self) -> ExitStack:
+        request, key = self.script.request, self.script.key
+        with ExitStack() as stack:
+            sink = Relay() if key is None else stack.enter_context(self._cache.writer(key, request.format))
+            encoder = stack.enter_context(open_encoder(request.format, request.speed))
+            self._reader = sink if isinstance(sink, Relay) else sink.open()
+            self._sink, self._recording = sink, Recording(encoder, sink)
+            return stack.pop_all()
+
+    def _sound(self) -> AsyncGenerator[AudioChunk, None]:
+        script = self.script
+        if not script.segments:
+            return _silence(len(script.request.text))
+        return self._backend.speak(script.request, script.voice, _stream(script.segments))
+
+    async def _next(self, chunks: AsyncGenerator[AudioChunk, None]) -> AudioChunk | None:
+        try:
+            async with asyncio.timeout(self._progress_timeout_s):
+                return await anext(chunks, None)
+        except TimeoutError:
+            raise TimedOut("The speech made no progress.") from None
+
+    async def _take(self, chunk: AudioChunk) -> None:
+        recording = self._require_recording()
+        await self._threads.run(partial(recording.take, chunk))
+        self._publish()
+
+    async def _room(self) -> None:
+        """Pause while the listener of an unstored generation is far behind."""
+        while isinstance(self._sink, Relay) and self._sink.buffered > RELAY_SIZE:
+            await self._changed.wait()
+
+    async def _finish(self) -> None:
+        recording = self._require_recording()
+        await self._threads.run(partial(recording.finish, len(self.script.request.text)))
+        if isinstance(self._sink, CacheWriter):
+            await self._threads.run(partial(self._commit, self._sink))
+        self._metrics.audio_seconds.inc(recording.audio_ms / 1000)
+        self._done = True
+        self._publish()
+
+    def _commit(self, sink: CacheWriter) -> None:
+        """Keep the entry if the disk lets us: the listeners have their sound either way."""
+        request = self.script.request
+        meta = EntryMeta(
+            model=request.model,
+            voice=self.script.voice.id,
+            audio_samples=self._require_recording().samples,
+            text_digest=hashlib.sha256(request.text.encode()).hexdigest(),
+            marks=tuple(self.marks),
+        )
+        try:
+            sink.commit(meta)
+        except OSError:
+            _log.exception("cache commit failed")
+
+    # --- telling the listeners ---
+
+    def _require_recording(self) -> Recording:
+        assert self._recording is not None
+        return self._recording
+
+    def _publish(self) -> None:
+        recording = self._require_recording()
+        self._length, self.audio_ms = recording.length, recording.audio_ms
+        self._wake()
+
+    def _end(self, error: SpeechError | None) -> None:
+        self._error = error
+        self._permit.release()
+        self._on_end(self)
+        self._wake()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Close the reader once the run is over and nobody listens any more."""
+        over = self._task is None or self._task.done()
+        if over and self._listeners == 0 and self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _moved(self, enough: Callable[[], bool]) -> None:
+        """Wait until `enough` or done; raise the error that ended the run."""
+        while not enough() and not self._done:
+            if self._error is not None:
+                raise self._error
+            await self._changed.wait()
+
+    async def _read_some(self, offset: int, size: int) -> bytes:
+        assert self._reader is not None
+        if isinstance(self._reader, Relay):
+            data = self._reader.read(offset, size)
+            self._wake()
+            return data
+        return await self._threads.run(partial(self._reader.read, offset, size))
+
+
+async def _stream(segments: Sequence[Segment]) -> AsyncIterator[Segment]:
+    for segment in segments:
+        yield segment
+
+
+async def _silence(characters: int) -> AsyncGenerator[AudioChunk, None]:
+    samples = np.zeros(int(SILENCE_SECONDS * SAMPLE_RATE), dtype=np.float32)
+    yield AudioChunk(samples, SAMPLE_RATE, Segment("", 0, characters, final=True))

@@ -1,0 +1,165 @@
+"""One request's side of a spoken answer: its billing hold and its cursor into the encoded bytes.
+
+Misses, joins and hits are all listeners; only what they listen to differs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..domain import FRAME_SECONDS, Outcome, SpeechChunk, UsageEvent
+from ..errors import TimedOut
+from ..observe import Metrics
+from ..stores.ledger import Hold, IdempotencyKey, Ledger
+from .generation import Script, Source
+from .recording import characters_heard
+
+CacheStatus = Literal["miss", "join", "hit", "bypass"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer, as OpenAI's `speech.audio.done` event reports them."""
+
+    input_tokens: int
+    output_tokens: int
+
+
+class Listener:
+    """From the request's arrival to its last byte, or to its hang-up.
+
+    `start` then iterate `chunks`; `close` at any time, from any state, gives everything back in a task of
+    the service (an `await` in the `finally` of a response would be cancelled again by the hang-up).
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        find_source: Callable[[Script], Awaitable[tuple[Source, CacheStatus]]],
+        ledger: Ledger,
+        price: Callable[[int, bool], int],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        metrics: Metrics,
+        input_tokens: int,
+        timeout_s: float,
+        on_close: Callable[[Listener], None],
+    ) -> None:
+        self.script = script
+        self.cache_status: CacheStatus = "bypass"
+        self._find_source = find_source
+        self._ledger = ledger
+        self._price = price
+        self._spawn = spawn
+        self._metrics = metrics
+        self._input_tokens = input_tokens
+        self._timeout_s = timeout_s
+        self._on_close = on_close
+        self._stack = AsyncExitStack()
+        self._source: Source | None = None
+        self._hold: Hold | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._sent = 0
+        self._closed = False
+
+    async def start(self) -> None:
+        """Find the source, hold the price, and wait for the first sound.
+
+        Raises Overloaded, InsufficientBalance, InvalidRequest (a reused idempotency key), TimedOut,
+        SynthesisFailed: everything that can still be answered as a proper HTTP error.
+        """
+        asked_at = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                self._source, self.cache_status = await self._find_source(self.script)
+                self._hold = await self._stack.enter_async_context(self._hold_price())
+                await self._source.sounding()
+        except TimeoutError:
+            raise TimedOut("No sound within the time limit.") from None
+        self._metrics.first_sound.labels(self.cache_status).observe(time.perf_counter() - asked_at)
+
+    async def chunks(self) -> AsyncGenerator[SpeechChunk, None]:
+        """The encoded bytes as they come; the price is settled before the chunk that `is_last`.
+
+        A chunk counts as sent once the next one is asked for.
+        """
+        assert self._source is not None
+        is_last = False
+        while not is_last:
+            data, is_last = await self._source.read(self._sent)
+            if is_last:
+                await self._settle(len(self.script.request.text), "completed")
+            yield SpeechChunk(data, is_last)
+            self._sent += len(data)
+
+    @property
+    def audio_ms(self) -> int:
+        """Milliseconds of sound so far; all of it once the last chunk has come."""
+        return self._source.audio_ms if self._source else 0
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the whole answer where they are known from the start, as for a hit; else None."""
+        return self._source.length if self._source else None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._input_tokens, math.ceil(self.audio_ms / 1000 / FRAME_SECONDS))
+
+    def close(self) -> None:
+        """Leave; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._source is not None:
+            self._source.detach()
+        if self._settling is None:
+            self._spawn(self._unwind())
+        self._on_close(self)
+
+    def _hold_price(self) -> AbstractAsyncContextManager[Hold]:
+        request = self.script.request
+        key = request.idempotency_key
+        return self._ledger.hold(
+            request.account,
+            request.id,
+            self._price(len(request.text), self.cache_status == "hit"),
+            key=IdempotencyKey(key, request.body_digest) if key else None,
+        )
+
+    async def _settle(self, characters: int, outcome: Outcome) -> None:
+        # In a task of its own: once begun, it ends, whatever happens to the response.
+        self._settling = self._spawn(self._settle_hold(characters, outcome))
+        await asyncio.shield(self._settling)
+
+    async def _settle_hold(self, characters: int, outcome: Outcome) -> None:
+        async with self._stack:
+            if self._hold is not None:
+                await self._hold.settle(self._event(characters, outcome))
+
+    async def _unwind(self) -> None:
+        heard = characters_heard(self._source.marks, self._sent) if self._source else 0
+        if heard:
+            await self._settle_hold(heard, "cancelled")
+        else:
+            await self._stack.aclose()
+
+    def _event(self, characters: int, outcome: Outcome) -> UsageEvent:
+        request, hit = self.script.request, self.cache_status == "hit"
+        return UsageEvent(
+            request_id=request.id,
+            account=request.account,
+            model=self.script.asked_model,
+            voice=self.script.voice.id,
+            characters=characters,
+            audio_ms=self.audio_ms,
+            outcome="cached" if hit and outcome == "completed" else outcome,
+            price_micros=self._price(characters, hit),
+            at=time.time(),
+        )

@@ -1,0 +1,69 @@
+"""A backend in some forty lines: sine waves instead of speech, with faults and delays on demand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from api.src.domain import SAMPLE_RATE, AudioChunk, Capabilities, Readiness, Segment, SpeechRequest, Voice
+
+OPENAI_VOICES = (
+    "alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split()  # noqa: SIM905
+)
+
+
+@dataclass
+class FakeBackend:
+    """Speaks `seconds_per_segment` of a tone for each segment, `delay_s` after it was asked for it.
+
+    A segment whose text holds "FAIL" raises. `spoken` counts runs, `open` those that have not ended.
+    """
+
+    delay_s: float = 0.0
+    seconds_per_segment: float = 0.4
+    ready: bool = True
+    name: str = "fake"
+    spoken: int = 0
+    open: int = 0
+    segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        voices = [Voice("tone", "Tone", "english", "tone-1"), Voice("hum", "Hum", "german", "hum-1")]
+        aliases = {name: ("hum" if name == "nova" else "tone") for name in OPENAI_VOICES}
+        return Capabilities(["fake-1"], voices, aliases, ["english", "german"], "1")
+
+    def readiness(self) -> Readiness:
+        return Readiness(self.ready, "ready" if self.ready else "loading", "" if self.ready else "still loading")
+
+    async def start(self) -> None:
+        self.ready = True
+
+    async def stop(self) -> None:
+        self.ready = False
+
+    def text_tokens(self, text: str) -> int | None:
+        return None
+
+    async def speak(
+        self, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]
+    ) -> AsyncGenerator[AudioChunk, None]:
+        self.spoken += 1
+        self.open += 1
+        try:
+            async for segment in segments:
+                await asyncio.sleep(self.delay_s)
+                if "FAIL" in segment.text:
+                    raise RuntimeError("planted failure")
+                self.segments.append(segment)
+                yield AudioChunk(self.tone(voice, request.seed), SAMPLE_RATE, segment)
+        finally:
+            self.open -= 1
+
+    def tone(self, voice: Voice, seed: int) -> np.ndarray:
+        hertz = (220.0 if voice.id == "tone" else 330.0) + seed % 100
+        times = np.arange(int(self.seconds_per_segment * SAMPLE_RATE)) / SAMPLE_RATE
+        return (0.3 * np.sin(2 * np.pi * hertz * times)).astype(np.float32)
