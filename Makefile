@@ -4,10 +4,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-TTS_HOST ?= 127.0.0.1
-TTS_PORT ?= 8000
-export TTS_HOST TTS_PORT
-
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test check format bench clean
 
@@ -15,7 +11,7 @@ help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(VENV)/.serve ## install what the server needs
-serve: $(VENV)/.serve ## serve on TTS_HOST:TTS_PORT
+serve: $(VENV)/.serve ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
 	@exec $(BIN)/qwen3-tts serve
 
 test: $(VENV)/.test ## run every test
