@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
+from pydantic import ValidationError
 
 from .domain import MEDIA_TYPES, SpeechRequest
 from .errors import InvalidRequest, SpeechError
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(Settings(), options))
-    except SpeechError as error:
-        print(error.message, file=sys.stderr)
+    except (SpeechError, ValidationError) as error:
+        print(error, file=sys.stderr)
         return 1
 
 

@@ -53,6 +53,9 @@ class RequestRecord:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            status = status or 500  # answered by Starlette, outside of this
+            raise
         finally:
             self._leave_record(scope, status, time.perf_counter() - started)
             request_id.reset(token)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -193,6 +194,7 @@ async def on_unexpected_error(request: Request, error: Exception) -> Response:
 EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[Request, Exception], Coroutine[Any, Any, Response]]] = {
     SpeechError: on_speech_error,
     ClientGone: on_client_gone,
+    ClientDisconnect: on_client_gone,
     HTTPException: on_http_exception,
     RequestValidationError: on_validation_error,
     Exception: on_unexpected_error,

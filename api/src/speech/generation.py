@@ -213,13 +213,21 @@ class Generation:
         """Speak into a recording; whatever happens, encoder and temp file are given back."""
         stack = await self._threads.run(self._open_recording, undo=ExitStack.close)
         try:
-            async with aclosing(self._sound()) as chunks:
-                while (chunk := await self._next(chunks)) is not None:
-                    await self._take(chunk)
-                    await self._room()
+            if self.script.segments:
+                await self._speak()
+            if not self._require_recording().samples:
+                await self._take(_silence(len(self.script.request.text)))
             await self._finish()
         finally:
             await self._threads.run(stack.close)
+
+    async def _speak(self) -> None:
+        script = self.script
+        speech = self._backend.speak(script.request, script.voice, _stream(script.segments))
+        async with aclosing(speech) as chunks:
+            while (chunk := await self._next(chunks)) is not None:
+                await self._take(chunk)
+                await self._room()
 
     def _open_recording(self) -> ExitStack:
         request, key = self.script.request, self.script.key
@@ -229,12 +237,6 @@ class Generation:
             self._reader = sink if isinstance(sink, Relay) else sink.open()
             self._sink, self._recording = sink, Recording(encoder, sink)
             return stack.pop_all()
-
-    def _sound(self) -> AsyncGenerator[AudioChunk, None]:
-        script = self.script
-        if not script.segments:
-            return _silence(len(script.request.text))
-        return self._backend.speak(script.request, script.voice, _stream(script.segments))
 
     async def _next(self, chunks: AsyncGenerator[AudioChunk, None]) -> AudioChunk | None:
         try:
@@ -314,7 +316,8 @@ class Generation:
             await self._changed.wait()
 
     async def _read_some(self, offset: int, size: int) -> bytes:
-        assert self._reader is not None
+        if self._reader is None:
+            raise SynthesisFailed(_STOPPED)
         if isinstance(self._reader, Relay):
             data = self._reader.read(offset, size)
             self._wake()
@@ -327,6 +330,7 @@ async def _stream(segments: Sequence[Segment]) -> AsyncIterator[Segment]:
         yield segment
 
 
-async def _silence(characters: int) -> AsyncGenerator[AudioChunk, None]:
+def _silence(characters: int) -> AudioChunk:
+    """What is heard of a text in which nothing can be spoken: never an empty file."""
     samples = np.zeros(int(SILENCE_SECONDS * SAMPLE_RATE), dtype=np.float32)
-    yield AudioChunk(samples, SAMPLE_RATE, Segment("", 0, characters, final=True))
+    return AudioChunk(samples, SAMPLE_RATE, Segment("", 0, characters, final=True))
