@@ -276,7 +276,7 @@ class Generation:
         )
         try:
             sink.commit(meta)
-        except OSError:
+        except (OSError, ValueError):
             _log.exception("cache commit failed")
 
     # --- telling the listeners ---

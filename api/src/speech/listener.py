@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,14 +89,24 @@ class Listener:
 
         A chunk counts as sent once the next one is asked for.
         """
+        async with aclosing(self._read()) as parts:
+            async for chunk in parts:
+                yield chunk
+                self._sent += len(chunk.data)
+
+    async def whole(self) -> bytes:
+        """All the bytes in one piece: unless it becomes whole, nothing of it was sent and nothing is paid."""
+        return b"".join([chunk.data async for chunk in self._read()])
+
+    async def _read(self) -> AsyncGenerator[SpeechChunk, None]:
         assert self._source is not None
-        is_last = False
+        offset, is_last = 0, False
         while not is_last:
-            data, is_last = await self._source.read(self._sent)
+            data, is_last = await self._source.read(offset)
+            offset += len(data)
             if is_last:
                 await self._settle(len(self.script.request.text), "completed")
             yield SpeechChunk(data, is_last)
-            self._sent += len(data)
 
     @property
     def audio_ms(self) -> int:

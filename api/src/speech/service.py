@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from ..audio.encoders import ENCODER_REVISION
 from ..backends.base import Backend
-from ..domain import Readiness, SpeechChunk, SpeechRequest
+from ..domain import Readiness, Segment, SpeechChunk, SpeechRequest
 from ..errors import InvalidRequest, ShuttingDown
 from ..observe import Metrics
 from ..stores.cache import SpeechCache, StoredEntry, cache_key
@@ -32,6 +32,9 @@ DRAIN_RETRY_AFTER = 5
 """Seconds after which a client of a stopping server is told to try again."""
 
 PREVIEW_ACCOUNT = "preview"
+
+TEXTS_REMEMBERED = 256
+"""Recent texts whose segments are kept: most of the work of a cache hit, a few megabytes at most."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class Qwen3TTSService:
         self._threads = threads
         self._metrics = metrics
         self._limits = limits
+        self._segments = lru_cache(TEXTS_REMEMBERED)(_segments)
         self._generations: dict[str, Generation] = {}
         self._running: set[Generation] = set()
         self._listeners: set[Listener] = set()
@@ -182,7 +186,7 @@ class Qwen3TTSService:
             model=self.catalogue.model(request.model),
             language=self.catalogue.language(request.language),
         )
-        script = Script(resolved, request.model.lower(), voice, tuple(segment(request.text)), None)
+        script = Script(resolved, request.model.lower(), voice, self._segments(request.text), None)
         return dataclasses.replace(script, key=self._key(script)) if request.store else script
 
     def _key(self, script: Script) -> str:
@@ -270,6 +274,10 @@ class Qwen3TTSService:
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_log_failure)
         return task
+
+
+def _segments(text: str) -> tuple[Segment, ...]:
+    return tuple(segment(text))
 
 
 def _free(characters: int, cached: bool) -> int:
