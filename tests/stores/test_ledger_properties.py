@@ -1,0 +1,217 @@
+"""Every law at once: a machine that does everything in any order, on two ledgers that share a store."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+import tempfile
+from contextlib import AbstractAsyncContextManager, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from api.src.domain import UsageEvent
+from api.src.errors import HoldLost, InsufficientBalance, InvalidRequest, Unavailable
+from api.src.stores.ledger import Hold, IdempotencyKey
+from api.src.stores.ledger_sqlite import SqliteLedger
+
+ACCOUNTS = st.sampled_from(["ann", "bob"])
+AMOUNTS = st.integers(0, 30)
+KEYS = st.none() | st.builds(IdempotencyKey, st.sampled_from("xy"), st.just("digest"))
+
+
+@dataclass
+class Lease:
+    """A hold as the machine knows it. `owner` is the number of the ledger object that gave it."""
+
+    manager: AbstractAsyncContextManager[Hold]
+    hold: Hold
+    owner: int
+    key: tuple[str, str] | None
+    wallet: bool
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """`spent`, `credited` and `dearest` are the model: what was charged to wallets, paid in, and a key's maximum."""
+
+    leases = Bundle("leases")
+
+    @initialize()
+    def open_two(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.path = self.folder / "ledger.db"
+        self.runner = asyncio.Runner()
+        self.open: list[Lease] = []
+        self.credited: dict[str, int] = {}
+        self.dearest: dict[tuple[str, str], int] = {}
+        self.paid: dict[tuple[str, str], int] = {}
+        self.spent: dict[str, int] = {}
+        self.number = 0
+        self.ledgers: list[SqliteLedger] = []
+        self.owners = [self.start(), self.start()]
+
+    def start(self) -> int:
+        ledger = SqliteLedger(self.path)
+        self.runner.run(ledger.start())
+        self.ledgers.append(ledger)
+        return len(self.ledgers) - 1
+
+    @rule(account=ACCOUNTS, micros=AMOUNTS, reference=st.integers(0, 5), side=st.integers(0, 1))
+    def credit(self, account: str, micros: int, reference: int, side: int) -> None:
+        ledger = self.ledgers[self.owners[side]]
+        before = self.runner.run(ledger.balance(account))
+        known = self.rows(
+            "SELECT 1 FROM entries WHERE kind = 'credit' AND account = ? AND reference = ?", account, str(reference)
+        )
+        after = self.runner.run(ledger.credit(account, micros, str(reference)))
+        assert after == (before if known else (before or 0) + micros)
+        self.credited[account] = self.credited.get(account, 0) + (0 if known else micros)
+
+    @rule(target=leases, account=ACCOUNTS, micros=AMOUNTS, key=KEYS, side=st.integers(0, 1))
+    def hold(self, account: str, micros: int, key: IdempotencyKey | None, side: int) -> object:
+        owner = self.owners[side]
+        self.number += 1
+        balance = self.runner.run(self.ledgers[owner].balance(account))
+        manager = self.ledgers[owner].hold(account, f"r{self.number}", micros, key=key)
+        named = None if key is None else (account, key.value)
+        try:
+            hold = self.runner.run(manager.__aenter__())
+        except InsufficientBalance:
+            assert balance is not None
+            assert micros - self.covered(named, wallet=True) > balance
+            return multiple()
+        assert balance is None or micros - self.covered(named, wallet=True) <= balance
+        lease = Lease(manager, hold, owner, named, balance is not None)
+        self.open.append(lease)
+        return lease
+
+    @rule(account=ACCOUNTS, value=st.sampled_from("xy"), side=st.integers(0, 1))
+    def reuse_a_key(self, account: str, value: str, side: int) -> None:
+        if not self.rows("SELECT 1 FROM idempotency_keys WHERE account = ? AND value = ?", account, value):
+            return
+        manager = self.ledgers[self.owners[side]].hold(account, "r", 1, key=IdempotencyKey(value, "other"))
+        with pytest.raises(InvalidRequest):
+            self.runner.run(manager.__aenter__())
+
+    @rule(lease=leases, micros=AMOUNTS)
+    def extend(self, lease: Lease, micros: int) -> None:
+        if lease not in self.open:
+            return
+        before = lease.hold.micros
+        balance = self.runner.run(self.ledgers[self.owners[0]].balance(lease.hold.account))
+        try:
+            self.runner.run(lease.hold.extend(micros))
+        except InsufficientBalance:
+            assert lease.wallet
+            assert balance is not None
+            assert micros > balance
+            assert lease.hold.micros == before
+        else:
+            assert lease.hold.micros == before + micros
+
+    @rule(lease=consumes(leases), part=st.integers(0, 100))
+    def settle(self, lease: Lease, part: int) -> None:
+        price = lease.hold.micros * part // 100
+        event = UsageEvent(lease.hold.request_id, lease.hold.account, "m", "v", 1, 1, "completed", price, 0.0)
+        if lease not in self.open:
+            with pytest.raises((HoldLost, Unavailable)):
+                self.runner.run(lease.hold.settle(event))
+            return
+        self.runner.run(lease.hold.settle(event))
+        charged = self.rows("SELECT price_micros FROM usage_events ORDER BY id DESC LIMIT 1")[0][0]
+        paid = 0 if lease.key is None else self.paid.get(lease.key, 0)
+        assert charged == max(0, price - paid)
+        if lease.key is not None:
+            self.paid[lease.key] = paid + charged
+            self.dearest[lease.key] = max(self.dearest.get(lease.key, 0), price)
+        if lease.wallet:
+            self.spent[lease.hold.account] = self.spent.get(lease.hold.account, 0) + charged
+        self.leave(lease)
+
+    @rule(lease=consumes(leases), tell=st.booleans())
+    def release(self, lease: Lease, tell: bool) -> None:
+        event = UsageEvent(lease.hold.request_id, lease.hold.account, "m", "v", 1, 1, "failed", 0, 0.0)
+        if lease in self.open:
+            self.runner.run(lease.hold.release(event if tell else None))
+            self.leave(lease)
+
+    @rule(lease=consumes(leases))
+    def hang_up(self, lease: Lease) -> None:
+        if lease in self.open:
+            self.leave(lease)
+
+    @rule(side=st.integers(0, 1), dead=st.booleans())
+    def end_an_owner(self, side: int, dead: bool) -> None:
+        """It closes, or its lease runs out and the other notices; a new one takes its place."""
+        owner, other = self.owners[side], self.ledgers[self.owners[1 - side]]
+        if dead:
+            with closing(sqlite3.connect(self.path)) as connection, connection:
+                connection.execute("UPDATE owners SET lease_until = 0 WHERE id = ?", (self.ledgers[owner]._owner,))
+            self.runner.run(self.tick(other))
+        else:
+            self.runner.run(self.ledgers[owner].close())
+        self.open = [lease for lease in self.open if lease.owner != owner]
+        self.owners[side] = self.start()
+
+    async def tick(self, ledger: SqliteLedger) -> None:
+        await ledger._writer.submit(ledger._upkeep)
+
+    @invariant()
+    def the_laws_hold(self) -> None:
+        ledger = self.ledgers[self.owners[0]]
+        assert self.runner.run(ledger.check()) == []
+        held = {
+            account: sum(self.held(lease) for lease in self.open if lease.wallet and lease.hold.account == account)
+            for account in self.credited
+        }
+        for account, credited in self.credited.items():
+            balance = self.runner.run(ledger.balance(account))
+            assert balance == credited - self.spent.get(account, 0) - held[account]
+            assert balance >= 0
+        assert self.paid == self.dearest
+        for lease in self.open:
+            assert self.covered(lease.key, lease.wallet) >= lease.hold.micros or lease.key is None
+        assert {row[0] for row in self.rows("SELECT id FROM holds WHERE state = 'open'")} == {
+            lease.hold.id for lease in self.open
+        }
+
+    def teardown(self) -> None:
+        for lease in list(self.open):
+            self.leave(lease)
+        self.the_laws_hold()
+        for ledger in self.ledgers:
+            self.runner.run(ledger.close())
+        self.runner.close()
+        shutil.rmtree(self.folder)
+
+    def leave(self, lease: Lease) -> None:
+        self.open.remove(lease)
+        self.runner.run(lease.manager.__aexit__(None, None, None))  # type: ignore[arg-type]
+
+    def held(self, lease: Lease) -> int:
+        return int(self.rows("SELECT held FROM holds WHERE id = ?", lease.hold.id)[0][0])
+
+    def covered(self, key: tuple[str, str] | None, wallet: bool) -> int:
+        """What a key's requests have paid or still reserve."""
+        if key is None:
+            return 0
+        siblings = [lease for lease in self.open if lease.key == key and lease.wallet == wallet]
+        return self.paid.get(key, 0) + sum(self.held(lease) for lease in siblings)
+
+    def rows(self, sql: str, *values: object) -> list[tuple[int]]:
+        with closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute(sql, values).fetchall()
+
+
+LedgerMachine.TestCase.settings = settings(
+    max_examples=30,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestLedgerLaws = LedgerMachine.TestCase
