@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -33,12 +34,24 @@ IO_THREADS = 4
 """Threads beside one encoder per generation: cache look-ups and reads."""
 
 
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI documents a 422 wherever it validates; this server answers 400 instead."""
+        document = super().openapi()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+
 def create_app(settings: Settings | None = None, *, backend: Backend | None = None) -> FastAPI:
     """The whole server. `backend` replaces the one that the settings name."""
     settings = settings or Settings()
     configure_logging(settings.log_level)
     metrics = Metrics()
-    app = FastAPI(
+    app = _App(
         title="Qwen3-TTS server",
         version=version("qwen3-tts-server"),
         description="OpenAI-compatible text-to-speech.",
@@ -90,7 +103,8 @@ def _http_policy(settings: Settings) -> HttpPolicy:
 
 
 def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
-    stack = [Middleware(RequestRecord, metrics=metrics)]
+    # The slashes first: what a later one replaces in the scope, the record would not see.
+    stack = [Middleware(CollapseSlashes), Middleware(RequestRecord, metrics=metrics)]
     if settings.cors_origins:
         stack.append(
             Middleware(
@@ -101,7 +115,7 @@ def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
                 expose_headers=EXPOSED_HEADERS,
             )
         )
-    return [*stack, Middleware(CollapseSlashes)]
+    return stack
 
 
 @asynccontextmanager

@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..domain import MEDIA_TYPES, SAMPLE_RATE, SpeechRequest
+from ..domain import MEDIA_TYPES, SAMPLE_RATE, Account, SpeechRequest
 from ..errors import InvalidRequest, NotFound
 from ..observe import request_id
 from ..speech.listener import Listener
-from .guards import CurrentAccount, Policy, Service, get_tts_service, read_body
+from .guards import CurrentAccount, Service, get_tts_service, http_policy, read_body
 from .responses import SpeechEventResponse, SpeechResponse, until_hangup
 from .schemas import (
     Base64SpeechResponse,
@@ -43,7 +43,7 @@ _AUDIO: dict[int | str, dict[str, Any]] = {
         "content": dict.fromkeys(MEDIA_TYPES.values(), _BINARY),
     }
 }
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request cannot be spoken."},
     401: {"model": ErrorResponse, "description": "The API key is missing or unknown."},
@@ -75,46 +75,34 @@ _SPEECH_BODY = {
 }
 
 
-async def parse_speech(request: Request) -> OpenAISpeechRequest:
-    """The validated body; leaves its digest in `request.state` for the idempotency key."""
-    raw = await read_body(request)
-    request.state.body_digest = hashlib.sha256(raw).hexdigest()
-    return parse_body(OpenAISpeechRequest, raw)
-
-
-SpeechBody = Annotated[OpenAISpeechRequest, Depends(parse_speech)]
-
-
 @router.post(
     "/v1/audio/speech",
     response_class=Response,
     responses=_REFUSALS | {200: {**_AUDIO[200], "content": {**_AUDIO[200]["content"], **_EVENTS}}},
     openapi_extra=_SPEECH_BODY,
 )
-async def create_speech(
-    request: Request, account: CurrentAccount, service: Service, policy: Policy, body: SpeechBody
-) -> Response:
+async def create_speech(request: Request, account: CurrentAccount, service: Service) -> Response:
     """Speak a text, streamed while it is generated."""
-    listener = service.open(_speech_request(request, account.name, body))
+    body, speech = await _read_speech(request, account)
+    listener = service.open(speech)
     await _start(request, listener)
     response = SpeechEventResponse if body.stream_format == "sse" else SpeechResponse
-    return response(listener, policy.stall_timeout_s)
+    return response(listener, http_policy(request).stall_timeout_s)
 
 
 @router.post("/v1/audio/speech/base64", responses=_REFUSALS, openapi_extra=_SPEECH_BODY)
-async def create_speech_base64(
-    request: Request, account: CurrentAccount, service: Service, body: SpeechBody
-) -> Base64SpeechResponse:
+async def create_speech_base64(request: Request, account: CurrentAccount, service: Service) -> Base64SpeechResponse:
     """Speak a text and answer it whole."""
-    listener = service.open(_speech_request(request, account.name, body))
+    _, speech = await _read_speech(request, account)
+    listener = service.open(speech)
     await _start(request, listener)
     try:
-        audio = await until_hangup(request.receive, _whole(listener))
+        audio = await until_hangup(request.receive, listener.whole())
     finally:
         listener.close()
     return Base64SpeechResponse(
         audio=base64.b64encode(audio).decode("ascii"),
-        format=body.response_format,
+        format=speech.format,
         sample_rate=SAMPLE_RATE,
         duration_ms=listener.audio_ms,
     )
@@ -156,20 +144,23 @@ async def get_voice(voice_id: str, service: Service) -> VoiceInfo:
     response_class=Response,
     responses=_AUDIO | {404: {"model": ErrorResponse}, 500: _REFUSALS[500]},
 )
-async def preview_voice(voice_id: str, request: Request, service: Service, policy: Policy) -> Response:
+async def preview_voice(voice_id: str, request: Request, service: Service) -> Response:
     """A short sample of a built-in voice, made once and then cached."""
     listener = service.open_preview(voice_id, request_id.get())
     await _start(request, listener)
-    return SpeechResponse(listener, policy.stall_timeout_s)
+    return SpeechResponse(listener, http_policy(request).stall_timeout_s)
 
 
-def _speech_request(request: Request, account: str, body: OpenAISpeechRequest) -> SpeechRequest:
-    return body.to_request(
+async def _read_speech(request: Request, account: Account) -> tuple[OpenAISpeechRequest, SpeechRequest]:
+    """The validated body, and what it asks for."""
+    raw = await read_body(request)
+    body = parse_body(OpenAISpeechRequest, raw)
+    return body, body.to_request(
         id=request_id.get(),
-        account=account,
+        account=account.name,
         store="no-store" not in request.headers.get("cache-control", "").lower(),
         idempotency_key=_idempotency_key(request),
-        body_digest=request.state.body_digest,
+        body_digest=hashlib.sha256(raw).hexdigest(),
     )
 
 
@@ -189,7 +180,3 @@ async def _start(request: Request, listener: Listener) -> None:
     except BaseException:
         listener.close()
         raise
-
-
-async def _whole(listener: Listener) -> bytes:
-    return b"".join([chunk.data async for chunk in listener.chunks()])

@@ -15,9 +15,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from ..domain import MEDIA_TYPES
+from ..domain import MEDIA_TYPES, SpeechChunk
 from ..errors import InvalidRequest, Retryable, SpeechError
 from ..speech.listener import Listener
 
@@ -34,22 +34,24 @@ async def until_hangup(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     A handler that awaits does not notice a hang-up by itself. `work` has ended when this returns.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hangup(receive))
+    stay = asyncio.timeout(None)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        async with stay:
+            watch = asyncio.create_task(_end_at_hangup(receive, stay))
+            try:
+                return await work
+            finally:
+                watch.cancel()
+    except TimeoutError:
+        if stay.expired():
+            raise ClientGone from None
+        raise
 
 
-async def _hangup(receive: Receive) -> None:
+async def _end_at_hangup(receive: Receive, stay: asyncio.Timeout) -> None:
     while (await receive())["type"] != "http.disconnect":
         continue
+    stay.reschedule(asyncio.get_running_loop().time())
 
 
 class SpeechResponse(Response):
@@ -63,9 +65,8 @@ class SpeechResponse(Response):
         self._listener = listener
         self._stall_timeout_s = stall_timeout_s
         super().__init__(headers=self._speech_headers(), media_type=self._media_type())
-        del self.headers["content-length"]
-        if (length := self._content_length()) is not None:
-            self.headers["content-length"] = str(length)
+        if self._content_length() is None:
+            del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -78,17 +79,18 @@ class SpeechResponse(Response):
             self._listener.close()
 
     async def _stream(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._body()) as body:
-            async for data, is_last in body:
-                message = {"type": "http.response.body", "body": data, "more_body": not is_last}
-                async with asyncio.timeout(self._stall_timeout_s):
-                    await send(message)
+            async for chunk in body:
+                message = {"type": "http.response.body", "body": chunk.data, "more_body": not chunk.is_last}
+                await self._send(send, message)
 
-    async def _body(self) -> AsyncGenerator[tuple[bytes, bool], None]:
-        async with aclosing(self._listener.chunks()) as chunks:
-            async for chunk in chunks:
-                yield chunk.data, chunk.is_last
+    async def _send(self, send: Send, message: Message) -> None:
+        async with asyncio.timeout(self._stall_timeout_s):
+            await send(message)
+
+    def _body(self) -> AsyncGenerator[SpeechChunk, None]:
+        return self._listener.chunks()
 
     def _media_type(self) -> str:
         return MEDIA_TYPES[self._listener.script.request.format]
@@ -97,8 +99,9 @@ class SpeechResponse(Response):
         return self._listener.length
 
     def _speech_headers(self) -> dict[str, str]:
-        script = self._listener.script
+        script, length = self._listener.script, self._content_length()
         return {
+            **({} if length is None else {"Content-Length": str(length)}),
             "Content-Disposition": f'attachment; filename="speech.{script.request.format}"',
             "X-Model": script.request.model,
             "X-Voice": script.voice.id,
@@ -116,15 +119,16 @@ class SpeechEventResponse(SpeechResponse):
     def _content_length(self) -> int | None:
         return None
 
-    async def _body(self) -> AsyncGenerator[tuple[bytes, bool], None]:
+    async def _body(self) -> AsyncGenerator[SpeechChunk, None]:
         try:
-            async for data, _ in super()._body():
-                if data:
-                    audio = base64.b64encode(data).decode("ascii")
-                    yield _event({"type": "speech.audio.delta", "audio": audio}), False
-            yield _event({"type": "speech.audio.done", "usage": self._usage()}), True
+            async with aclosing(self._listener.chunks()) as chunks:
+                async for chunk in chunks:
+                    if chunk.data:
+                        audio = base64.b64encode(chunk.data).decode("ascii")
+                        yield _event({"type": "speech.audio.delta", "audio": audio})
+            yield _event({"type": "speech.audio.done", "usage": self._usage()}, is_last=True)
         except SpeechError as error:
-            yield _event({"type": "error", **error_body(error)}), True
+            yield _event({"type": "error", **error_body(error)}, is_last=True)
 
     def _usage(self) -> dict[str, int]:
         usage = self._listener.usage
@@ -135,8 +139,8 @@ class SpeechEventResponse(SpeechResponse):
         }
 
 
-def _event(data: dict[str, Any]) -> bytes:
-    return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode("ascii")
+def _event(data: dict[str, Any], *, is_last: bool = False) -> SpeechChunk:
+    return SpeechChunk(f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode("ascii"), is_last)
 
 
 def error_body(error: SpeechError) -> dict[str, Any]:

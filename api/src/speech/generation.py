@@ -201,11 +201,12 @@ class Generation:
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         # A callback rather than a `finally`: a task cancelled before its first step runs none of its body.
-        failure = SynthesisFailed(_STOPPED) if task.cancelled() else task.exception()
+        # Cancelled once it was done, it was only tidying up.
+        failure = task.exception() if not task.cancelled() else None if self._done else SynthesisFailed(_STOPPED)
         if failure is not None and not isinstance(failure, SpeechError):
             _log.error("generation failed", exc_info=failure)
             failure = SynthesisFailed("The speech could not be generated.")
-        outcome = "stopped" if task.cancelled() else "failed" if failure else "completed"
+        outcome = "completed" if failure is None else "stopped" if task.cancelled() else "failed"
         self._metrics.generations.labels(outcome).inc()
         self._end(failure)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..domain import FRAME_SECONDS, Outcome, SpeechChunk, UsageEvent
-from ..errors import TimedOut
+from ..errors import ShuttingDown, TimedOut
 from ..observe import Metrics
 from ..stores.ledger import Hold, IdempotencyKey, Ledger
 from .generation import Script, Source
@@ -66,15 +66,17 @@ class Listener:
         self._hold: Hold | None = None
         self._settling: asyncio.Task[None] | None = None
         self._sent = 0
+        self._starting: asyncio.Task[Any] | None = None
         self._closed = False
 
     async def start(self) -> None:
         """Find the source, hold the price, and wait for the first sound.
 
         Raises Overloaded, InsufficientBalance, InvalidRequest (a reused idempotency key), TimedOut,
-        SynthesisFailed: everything that can still be answered as a proper HTTP error.
+        SynthesisFailed, ShuttingDown: everything that can still be answered as a proper HTTP error.
         """
         asked_at = time.perf_counter()
+        self._starting = asyncio.current_task()
         try:
             async with asyncio.timeout(self._timeout_s):
                 self._source, self.cache_status = await self._find_source(self.script)
@@ -82,6 +84,13 @@ class Listener:
                 await self._source.sounding()
         except TimeoutError:
             raise TimedOut("No sound within the time limit.") from None
+        except asyncio.CancelledError:
+            self._require_open()
+            raise
+        finally:
+            self._starting = None
+            if self._closed:
+                self._leave()
         self._metrics.first_sound.labels(self.cache_status).observe(time.perf_counter() - asked_at)
 
     async def chunks(self) -> AsyncGenerator[SpeechChunk, None]:
@@ -102,7 +111,9 @@ class Listener:
         assert self._source is not None
         offset, is_last = 0, False
         while not is_last:
+            self._require_open()
             data, is_last = await self._source.read(offset)
+            self._require_open()
             offset += len(data)
             if is_last:
                 await self._settle(len(self.script.request.text), "completed")
@@ -127,11 +138,22 @@ class Listener:
         if self._closed:
             return
         self._closed = True
+        if self._starting is None:
+            self._leave()
+        else:
+            self._starting.cancel()  # and then leaves
+
+    def _leave(self) -> None:
         if self._source is not None:
             self._source.detach()
         if self._settling is None:
             self._spawn(self._unwind())
         self._on_close(self)
+
+    def _require_open(self) -> None:
+        """The service may close a listener that its request still waits for."""
+        if self._closed:
+            raise ShuttingDown("The server is shutting down.")
 
     def _hold_price(self) -> AbstractAsyncContextManager[Hold]:
         request = self.script.request

@@ -130,7 +130,7 @@ class Qwen3TTSService:
         await self.ledger.start()
         await self._threads.run(self._cache.sweep)
         self._starting = asyncio.create_task(self.backend.start(), name="backend start")
-        self._starting.add_done_callback(_log_failure)
+        self._starting.add_done_callback(self._report_start)
 
     def readiness(self) -> Readiness:
         """Whether speech can be had now."""
@@ -159,6 +159,7 @@ class Qwen3TTSService:
         self.begin_drain()
         for listener in list(self._listeners):
             listener.close()
+        await self._silent.wait()
         while work := [*(generation.ended() for generation in self._running), *self._tasks]:
             await asyncio.gather(*work, return_exceptions=True)
         if self._starting is not None:
@@ -250,6 +251,11 @@ class Qwen3TTSService:
         key = generation.script.key
         if key is not None and self._generations.get(key) is generation:
             del self._generations[key]
+
+    def _report_start(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            _log.info("ready to speak with the %s backend", self.backend.name)
+        _log_failure(task)
 
     def _let_go(self, listener: Listener) -> None:
         self._listeners.discard(listener)
