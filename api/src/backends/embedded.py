@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 MODEL = "embedded"
 
 JOB_TIMEOUT_S = 60.0
-"""The longest segments (300 characters of digits) take 10 s on one core."""
+"""Several times what the slowest segment found takes (300 characters of "a/": a minute of sound, 5 to 14 s)."""
 
 PIECE_S = 0.5
 """Longest chunk that is yielded, so that encoders and readers work in small steps."""
@@ -57,7 +57,7 @@ class Speaker:
 class EngineInfo:
     """What an engine consists of: modules that must be there, packages whose versions shape the sound.
 
-    `single`: one process serves all requests (Pico speaks 200 times faster than real time).
+    `single`: one process serves all requests (Pico speaks 70 to 200 times faster than real time).
     """
 
     modules: tuple[str, ...]

@@ -102,7 +102,8 @@ class Worker:
         except TimeoutError:
             self.kill()
             await self._process.wait()
-        await self._draining
+        # Not awaited itself: a cancelled caller would cancel it, and the next one would be cancelled by it.
+        await asyncio.wait([self._draining])
 
     async def _drain(self, stderr: asyncio.StreamReader) -> None:
         while block := await stderr.read(4096):
