@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT: first refuse and drain, only then let the web server stop.
 
 uvicorn closes its listening socket at once on a signal, so `/ready` could not tell a load balancer that the
-server is leaving. Here the first signal drains; the handler that stood before, uvicorn's own, runs when the
-drain has ended, or at the second signal.
+server is leaving. Here the first signal drains and the second ends the drain; the handler that stood before,
+uvicorn's own, runs when the drain has ended, and at every further signal.
 """
 
 from __future__ import annotations
@@ -29,26 +29,22 @@ def drain_on_signal(drain: Callable[[], Coroutine[Any, Any, None]]) -> Iterator[
     earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     draining: list[asyncio.Task[None]] = []
 
-    async def drain_then_stop(number: int) -> None:
-        try:
-            await drain()
-        finally:
-            stop(number, None)
-
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int) -> None:
         handler = earlier[signal.Signals(number)]
         if callable(handler):
-            handler(number, frame)
+            handler(number, None)
 
-    def begin(number: int) -> None:
+    def act(number: int) -> None:
         if not draining:
-            draining.append(loop.create_task(drain_then_stop(number)))
+            draining.append(loop.create_task(drain()))
+            draining[0].add_done_callback(lambda _: stop(number))
+        elif not draining[0].done():
+            draining[0].cancel()
+        else:
+            stop(number)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if draining:
-            stop(number, frame)
-        else:
-            loop.call_soon_threadsafe(begin, number)
+        loop.call_soon_threadsafe(act, number)
 
     for number in earlier:
         signal.signal(number, on_signal)

@@ -70,7 +70,9 @@ class SpeechResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_hangup(receive, self._stream(send))
+            # What comes in one piece is paid for before it is sent: to watch for a hang-up would change nothing.
+            streaming = self._stream(send)
+            await (streaming if self._listener.in_memory else until_hangup(receive, streaming))
         except ClientGone:
             _log.info("client hung up")
         except (SpeechError, TimeoutError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
@@ -20,19 +21,19 @@ from ..domain import AudioFormat, SpeechRequest, UsageEvent
 from ..errors import InvalidRequest
 from ..speech.catalogue import ListedVoice
 
-_SPACES = frozenset("\t\n\v\f\r\x85")
-"""The control characters that are white space, and so may stand in a text."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+"""All but those that are white space, and so may stand in a text."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
 def _plain(text: str) -> str:
     """Refuse what no text holds: unpaired surrogates, and control characters other than white space."""
-    for character in text:
-        if "\ud800" <= character <= "\udfff":
-            raise ValueError("must not contain unpaired surrogates")
-        if (character < " " or "\x7f" <= character < "\xa0") and character not in _SPACES:
-            raise ValueError("must not contain control characters")
+    if _SURROGATE.search(text):
+        raise ValueError("must not contain unpaired surrogates")
+    if _CONTROL.search(text):
+        raise ValueError("must not contain control characters")
     return text
 
 

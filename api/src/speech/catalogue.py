@@ -128,11 +128,13 @@ class Catalogue:
 
     def voice(self, name: str) -> Voice:
         """The voice behind `name` as a speech request uses it; InvalidRequest if unknown."""
-        try:
-            return self.listed_voice(name).voice
-        except NotFound:
+        lowered = name.lower()
+        own = {voice.id.lower(): voice for voice in self.capabilities.voices}
+        voice = own.get(lowered) or own.get(self.capabilities.aliases.get(lowered, "").lower())
+        if voice is None:
             names = ", ".join(listed.id for listed in self.voices())
-            raise InvalidRequest(f"Unknown voice. Available: {names}.", param="voice", code="voice_not_found") from None
+            raise InvalidRequest(f"Unknown voice. Available: {names}.", param="voice", code="voice_not_found")
+        return voice
 
     def language(self, name: str) -> str:
         """The English name in lower case, or "auto", behind a name or a BCP 47 tag; else InvalidRequest."""

@@ -69,6 +69,11 @@ class Source(Protocol):
         """Bytes of the whole, where they are known from the start."""
         ...
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether one `read` gives the whole, without a wait."""
+        ...
+
     def attach(self) -> None: ...
 
     def detach(self) -> None: ...
@@ -91,6 +96,7 @@ class Replay:
         self.marks = entry.meta.marks
         self.audio_ms = entry.meta.audio_ms
         self.length = entry.length
+        self.in_memory = entry.data is not None
 
     def attach(self) -> None:
         """The entry was opened for its one listener."""
@@ -148,6 +154,7 @@ class Generation:
         self._changed = asyncio.Event()
         self.audio_ms = 0
         self.length = None
+        self.in_memory = False
 
     # --- what listeners use ---
 

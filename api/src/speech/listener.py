@@ -111,9 +111,10 @@ class Listener:
         assert self._source is not None
         offset, is_last = 0, False
         while not is_last:
-            self._require_open()
-            data, is_last = await self._source.read(offset)
-            self._require_open()
+            try:
+                data, is_last = await self._source.read(offset)
+            finally:
+                self._require_open()
             offset += len(data)
             if is_last:
                 await self._settle(len(self.script.request.text), "completed")
@@ -128,6 +129,11 @@ class Listener:
     def length(self) -> int | None:
         """Bytes of the whole answer where they are known from the start, as for a hit; else None."""
         return self._source.length if self._source else None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the whole answer comes as one chunk, without a wait for sound."""
+        return self._source is not None and self._source.in_memory
 
     @property
     def usage(self) -> Usage:
@@ -151,7 +157,7 @@ class Listener:
         self._on_close(self)
 
     def _require_open(self) -> None:
-        """The service may close a listener that its request still waits for."""
+        """Raise ShuttingDown if the service has closed this listener under the request that waits for it."""
         if self._closed:
             raise ShuttingDown("The server is shutting down.")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..audio.encoders import ENCODER_REVISION
 from ..backends.base import Backend
-from ..domain import Readiness, Segment, SpeechChunk, SpeechRequest
+from ..domain import Readiness, Segment, SpeechChunk, SpeechRequest, Voice
 from ..errors import InvalidRequest, ShuttingDown
 from ..observe import Metrics
 from ..stores.cache import SpeechCache, StoredEntry, cache_key
@@ -33,8 +33,8 @@ DRAIN_RETRY_AFTER = 5
 
 PREVIEW_ACCOUNT = "preview"
 
-TEXTS_REMEMBERED = 256
-"""Recent texts whose segments are kept: most of the work of a cache hit, a few megabytes at most."""
+REMEMBERED = 256
+"""Recent texts whose segments, and requests whose keys, are kept: else most of the work of a cache hit."""
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ class Qwen3TTSService:
         self._threads = threads
         self._metrics = metrics
         self._limits = limits
-        self._segments = lru_cache(TEXTS_REMEMBERED)(_segments)
+        self._segments = lru_cache(REMEMBERED)(_segments)
+        self._key = lru_cache(REMEMBERED)(self._make_key)
         self._generations: dict[str, Generation] = {}
         self._running: set[Generation] = set()
         self._listeners: set[Listener] = set()
@@ -148,17 +149,19 @@ class Qwen3TTSService:
         self._draining = True
 
     async def drain(self) -> None:
-        """Wait for the running responses, at most the drain time-out."""
+        """Wait for the running responses, at most the drain time-out or until cancelled; then cut them."""
         self.begin_drain()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.drain_timeout_s):
-                await self._silent.wait()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._limits.drain_timeout_s):
+                    await self._silent.wait()
+        finally:
+            self._cut()
 
     async def close(self) -> None:
         """Stop what still runs, wait until everything borrowed has been given back, then close the rest."""
         self.begin_drain()
-        for listener in list(self._listeners):
-            listener.close()
+        self._cut()
         await self._silent.wait()
         while work := [*(generation.ended() for generation in self._running), *self._tasks]:
             await asyncio.gather(*work, return_exceptions=True)
@@ -187,19 +190,18 @@ class Qwen3TTSService:
             model=self.catalogue.model(request.model),
             language=self.catalogue.language(request.language),
         )
-        script = Script(resolved, request.model.lower(), voice, self._segments(request.text), None)
-        return dataclasses.replace(script, key=self._key(script)) if request.store else script
+        key = self._key(self.catalogue.capabilities.revision, voice, _sound(resolved)) if request.store else None
+        return Script(resolved, request.model.lower(), voice, self._segments(request.text), key)
 
-    def _key(self, script: Script) -> str:
+    def _make_key(self, revision: str, voice: Voice, request: SpeechRequest) -> str:
         """Everything that changes the bytes, or the marks that are kept beside them."""
-        request = script.request
         return cache_key(
             {
                 "backend": self.backend.name,
-                "revision": self.catalogue.capabilities.revision,
+                "revision": revision,
                 "model": request.model,
-                "voice": script.voice.fingerprint,
-                "segments": [[part.text, part.end] for part in script.segments],
+                "voice": voice.fingerprint,
+                "segments": [[part.text, part.end] for part in self._segments(request.text)],
                 "language": request.language,
                 "instructions": request.instructions,
                 "seed": request.seed,
@@ -257,6 +259,10 @@ class Qwen3TTSService:
             _log.info("ready to speak with the %s backend", self.backend.name)
         _log_failure(task)
 
+    def _cut(self) -> None:
+        for listener in list(self._listeners):
+            listener.close()
+
     def _let_go(self, listener: Listener) -> None:
         self._listeners.discard(listener)
         if not self._listeners:
@@ -284,6 +290,11 @@ class Qwen3TTSService:
 
 def _segments(text: str) -> tuple[Segment, ...]:
     return tuple(segment(text))
+
+
+def _sound(request: SpeechRequest) -> SpeechRequest:
+    """The request without what no sound depends on: who asks, and under which name."""
+    return dataclasses.replace(request, id="", account="", idempotency_key=None, body_digest="")
 
 
 def _free(characters: int, cached: bool) -> int:

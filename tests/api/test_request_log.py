@@ -1,0 +1,159 @@
+"""Logs: one JSON line a request, and nothing that a client sent in any of them."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+
+from tests.api.wire import FAILS_LATE, PARTS, RawClient, speak
+from tests.conftest import Server
+from tests.fakes import FakeBackend
+
+MARK = "Zebrafish"
+"""Part of everything hostile that is sent."""
+
+HOSTILE = [
+    f'{MARK}\r\n{{"level": "info", "message": "forged"}}',
+    f"{MARK}\x1b[2J\x1b]0;title\x07",
+    f"{MARK}\u202e\u2028\x9b31m",
+    f"{MARK} %s %d {{0}} ${{jndi:ldap://x}}",
+]
+
+
+@pytest.fixture
+def stderr_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """What has been written to standard error, in lines. The server logs there; start it in a fixture that comes
+    after this one, for pytest puts a stream of its own in place before the test itself."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    for client in ("httpx", "httpcore"):  # the tests' own, which log what they ask for
+        monkeypatch.setattr(logging.getLogger(client), "disabled", True)
+    yield lambda: stderr.getvalue().split("\n")[:-1]
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.fixture
+def server(stderr_lines: Any, start_server: Callable[..., Server]) -> Server:
+    return start_server(
+        FakeBackend(delay_s=0.02), log_level="info", api_keys=[("alice", "alices-key")], admin_key="the-admin-key"
+    )
+
+
+def records(lines: list[str]) -> list[dict[str, Any]]:
+    for line in lines:
+        assert line.isascii(), line
+        assert line.isprintable(), line
+    return [json.loads(line) for line in lines]
+
+
+def accesses(lines: list[str]) -> list[dict[str, Any]]:
+    return [record for record in records(lines) if record["logger"] == "api.access"]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """A request's line is written after its answer has been sent."""
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def hostile_answers(server: Server, text: str) -> Iterator[httpx.Response]:
+    """Put `text` into every place of a request that a client can write to."""
+    client, key = server.client, {"Authorization": "Bearer alices-key"}
+    latin = text.replace("\r\n", "\t").replace("\x1b", "\xa7").replace("\x07", "").encode("latin-1", "replace")
+    odd = [(name, latin) for name in (b"User-Agent", b"X-Request-Id", b"Cookie", b"Origin", b"Referer", b"Accept")]
+    yield client.get("/v1/audio/voices/" + quote(text))
+    yield client.get("/v1/models", params={text: text})
+    yield client.get("/v1/usage", params={"account": text, "limit": text}, headers=key)
+    yield client.get(f"/{MARK}/%0d%0a%1b%5b31m")
+    yield client.post(f"/v1//audio//{MARK}", content=text.encode())
+    yield client.get("/v1/usage", headers=[(b"Authorization", b"Bearer " + latin)])
+    yield client.get("/v1/models", headers=odd)
+    yield speak(client, text, key)  # controls in it: refused
+    yield speak(client, f"{MARK} speaks.", {**key, "Idempotency-Key": MARK})
+    yield speak(client, f"{MARK} will FAIL.", key)
+    for field in ["voice", "model", "language", "response_format", "stream_format", "instructions", "seed", text]:
+        yield speak(client, f"{MARK} speaks.", key, **{field: text})
+    yield client.post("/v1/audio/speech", content=text.encode(), headers=key)
+    yield client.post("/v1/accounts/alice/credit", json={"micros": 5, "reference": text}, headers=key)
+    yield client.post(f"/v1/accounts/{MARK}%0a/credit", json={}, headers={"Authorization": "Bearer the-admin-key"})
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=["a line", "escapes", "Unicode", "templates"])
+def test_nothing_that_a_client_sent_is_in_the_log(
+    server: Server, stderr_lines: Callable[[], list[str]], text: str
+) -> None:
+    answers = list(hostile_answers(server, text))
+    asked = {(answer.headers["x-request-id"], answer.status_code) for answer in answers}
+    until(lambda: asked <= {(record["request_id"], record["status"]) for record in accesses(stderr_lines())})
+    lines = stderr_lines()
+    assert {answer.status_code for answer in answers} >= {200, 400, 401, 404, 500}
+    assert not [line for line in lines if MARK.lower() in line.lower()]
+    assert not [line for line in lines if "alices-key" in line or "the-admin-key" in line]
+    assert {record["message"] for record in accesses(lines)} == {"request"}
+
+
+def test_a_request_leaves_its_route_and_id(server: Server, stderr_lines: Callable[[], list[str]]) -> None:
+    answer = server.client.get("/v1/audio/voices/alloy")
+    until(lambda: accesses(stderr_lines())[-1]["route"] == "/v1/audio/voices/{voice_id}")
+    record = accesses(stderr_lines())[-1]
+    assert record["status"] == 200
+    assert record["request_id"] == answer.headers["x-request-id"]
+    assert record["level"] == "info"
+    assert record["ms"] > 0
+
+
+def test_a_failure_is_logged_with_its_traceback_and_the_requests_id(
+    server: Server, stderr_lines: Callable[[], list[str]]
+) -> None:
+    answer = speak(server.client, "This will FAIL.", {"Authorization": "Bearer alices-key"})
+    server.wait_idle()
+    errors = [record for record in records(stderr_lines()) if record["level"] == "error"]
+    assert [record["message"] for record in errors] == ["generation failed"]
+    assert "planted failure" in errors[0]["exception"]
+    assert errors[0]["request_id"] == answer.headers["x-request-id"]
+
+
+def test_a_hang_up_or_a_cut_answer_is_a_quiet_line(server: Server, stderr_lines: Callable[[], list[str]]) -> None:
+    with RawClient(server.url) as client:
+        client.speak("Authorization: Bearer alices-key", seed=1)
+        client.read_sound(1)
+    with RawClient(server.url) as client:
+        client.send(
+            "POST /v1/audio/speech HTTP/1.1\nAuthorization: Bearer alices-key",
+            b'{"input": "' + MARK.encode(),
+            length=1000,
+        )
+    with pytest.raises(httpx.RemoteProtocolError):
+        speak(server.client, FAILS_LATE, {"Authorization": "Bearer alices-key"})
+    server.wait_idle()
+    until(lambda: [record["status"] for record in accesses(stderr_lines())].count(499) == 1)
+    lines = stderr_lines()
+    assert not [line for line in lines if MARK in line or PARTS[0][:20] in line]
+    warned = [record["message"] for record in records(lines) if record["level"] in ("warning", "error")]
+    assert sorted(warned) == [
+        "ASGI callable returned without completing response.",  # uvicorn's word for a cut answer
+        "generation failed",
+        "response cut: SynthesisFailed",
+    ]
+
+
+def test_what_is_not_http_is_not_quoted(server: Server, stderr_lines: Callable[[], list[str]]) -> None:
+    with RawClient(server.url) as client:
+        client.socket.sendall(f"{MARK} \x1b[31m / HTTP/9.9\r\n{MARK}\r\n\r\n".encode())
+        assert client.read_to_end().startswith(b"HTTP/1.1 400")
+    lines = stderr_lines()
+    assert records(lines)
+    assert not [line for line in lines if MARK in line]
