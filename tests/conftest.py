@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,7 @@ class Server:
 
     def open_holds(self) -> int:
         """Holds in the ledger that have not ended."""
-        import sqlite3
-
-        with sqlite3.connect(self.folder / "ledger.db") as db:
+        with closing(sqlite3.connect(self.folder / "ledger.db")) as db:
             return int(db.execute("SELECT count(*) FROM holds WHERE state = 'open'").fetchone()[0])
 
     def wait_idle(self, seconds: float = 10.0) -> None:
@@ -70,8 +70,7 @@ def run_server(folder: Path, backend: Any, **settings: Any) -> Iterator[Server]:
         _env_file=None,
         cache_dir=folder / "cache",
         ledger_url=f"sqlite:///{folder / 'ledger.db'}",
-        log_level="warning",
-        **settings,
+        **{"log_level": "warning", **settings},
     )
     app = create_app(configured, backend=backend)
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2)

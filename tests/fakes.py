@@ -59,9 +59,13 @@ class FakeBackend:
                 if "FAIL" in segment.text:
                     raise RuntimeError("planted failure")
                 self.segments.append(segment)
-                yield AudioChunk(self.tone(voice, request.seed), SAMPLE_RATE, segment)
+                yield AudioChunk(self.sound(segment, voice, request.seed), SAMPLE_RATE, segment)
         finally:
             self.open -= 1
+
+    def sound(self, segment: Segment, voice: Voice, seed: int) -> np.ndarray:
+        """The samples of one segment."""
+        return self.tone(voice, seed)
 
     def tone(self, voice: Voice, seed: int) -> np.ndarray:
         hertz = (220.0 if voice.id == "tone" else 330.0) + seed % 100

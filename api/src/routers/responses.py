@@ -64,6 +64,7 @@ class SpeechResponse(Response):
     def __init__(self, listener: Listener, stall_timeout_s: float) -> None:
         self._listener = listener
         self._stall_timeout_s = stall_timeout_s
+        self._begun = False
         super().__init__(headers=self._speech_headers(), media_type=self._media_type())
         if self._content_length() is None:
             del self.headers["content-length"]
@@ -73,17 +74,20 @@ class SpeechResponse(Response):
             # What comes in one piece is paid for before it is sent: to watch for a hang-up would change nothing.
             streaming = self._stream(send)
             await (streaming if self._listener.in_memory else until_hangup(receive, streaming))
-        except ClientGone:
-            _log.info("client hung up")
-        except (SpeechError, TimeoutError) as error:
-            _log.warning("response cut: %s", type(error).__name__)
+        except (ClientGone, SpeechError, TimeoutError) as error:
+            if not self._begun:
+                raise  # it can still be answered as a proper error
+            level = logging.INFO if isinstance(error, ClientGone) else logging.WARNING
+            _log.log(level, "response cut: %s", type(error).__name__)
         finally:
             self._listener.close()
 
     async def _stream(self, send: Send) -> None:
-        await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._body()) as body:
             async for chunk in body:
+                if not self._begun:
+                    self._begun = True
+                    await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 message = {"type": "http.response.body", "body": chunk.data, "more_body": not chunk.is_last}
                 await self._send(send, message)
 

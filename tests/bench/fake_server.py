@@ -1,0 +1,27 @@
+"""`qwen3-tts serve` around the tests' fake backend: the benchmark's own test, and the server without a voice."""
+
+from __future__ import annotations
+
+import uvicorn
+
+from api.src.cli import GRACE_S
+from api.src.main import create_app
+from api.src.settings import Settings
+from tests.fakes import FakeBackend
+
+
+def main() -> None:
+    settings = Settings()
+    app = create_app(settings, backend=FakeBackend(seconds_per_segment=3.0))
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
+if __name__ == "__main__":
+    main()
