@@ -56,6 +56,7 @@ def create_app(settings: Settings | None = None, *, backend: Backend | None = No
         version=version("qwen3-tts-server"),
         description="OpenAI-compatible text-to-speech.",
         lifespan=_lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # else looked up anew at each request
         middleware=_middleware(settings, metrics),
         exception_handlers=EXCEPTION_HANDLERS,
     )

@@ -43,9 +43,10 @@ async def press(port: int, request: bytes, *, concurrency: int, seconds: float, 
     loop = asyncio.get_running_loop()
     load = Load()
     deadline = time.perf_counter() + seconds
-    users = [_User(request, length, load, deadline) for _ in range(concurrency)]
-    for user in users:
-        await loop.create_connection(lambda user=user: user, "127.0.0.1", port)
+    users = []
+    for _ in range(concurrency):
+        _, user = await loop.create_connection(lambda: _User(request, length, load, deadline), "127.0.0.1", port)
+        users.append(user)
     started = time.perf_counter()
     for user in users:
         user.ask()

@@ -137,18 +137,20 @@ def test_the_backend_stops_within_one_segment(start_server: Callable[..., Server
 def test_before_the_headers_it_costs_nothing_and_frees_the_queue(start_server: Callable[..., Server]) -> None:
     backend = TextualBackend(delay_s=30)
     server = start_server(backend, max_concurrent=1, queue_size=3)
+    admission = server.service.admission
     callers = [Caller(server.url) for _ in range(4)]
     for number, caller in enumerate(callers):
         caller.ask(input=f"Number {number}. {TEXT}")
-        wait_until(lambda number=number: server.service.admission.waiting == number)  # type: ignore[misc]
+        places = (1, number)
+        wait_until(lambda places=places: (admission.running, admission.waiting) == places)  # type: ignore[misc]
     refused = server.client.post("/v1/audio/speech", json={"input": "One too many."})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
     callers[2].hang_up()
-    wait_until(lambda: server.service.admission.waiting == 2)
-    assert (server.service.admission.running, backend.spoken) == (1, 1)
+    wait_until(lambda: admission.waiting == 2)
+    assert (admission.running, backend.spoken) == (1, 1)
     callers[0].hang_up(reset=True)
     wait_until(lambda: backend.spoken == 2)
-    assert (server.service.admission.running, server.service.admission.waiting) == (1, 1)
+    assert (admission.running, admission.waiting) == (1, 1)
     callers[1].hang_up()
     callers[3].hang_up()
     server.wait_idle()
