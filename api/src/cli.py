@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -25,6 +27,9 @@ T = TypeVar("T")
 
 GRACE_S = 5
 """Seconds that uvicorn gives open connections after the drain."""
+
+UNSENT_BYTES = 128 * 1024
+"""Bytes that the kernel holds unsent for one connection before it makes the server wait."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +68,7 @@ def _serve(settings: Settings, options: argparse.Namespace) -> int:
     app = create_app(settings)
     # uvicorn raises the signal again once all is closed, so this is what a clean end looks like.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -71,7 +76,36 @@ def _serve(settings: Settings, options: argparse.Namespace) -> int:
         access_log=False,  # the app leaves its own line per request, without client data
         timeout_graceful_shutdown=GRACE_S,
     )
+    with contextlib.suppress(KeyboardInterrupt):  # raised again like SIGTERM above
+        _Server(config, settings.stall_timeout_s).run()
     return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with bounds for each connection that it will accept."""
+
+    def __init__(self, config: uvicorn.Config, stall_timeout_s: float) -> None:
+        super().__init__(config)
+        self._stall_timeout_s = stall_timeout_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:
+                _bound_buffers(listening, self._stall_timeout_s)
+
+
+def _bound_buffers(listening: socket.socket, stall_timeout_s: float) -> None:
+    """Let every accepted connection show how fast its client reads, and end with a client that reads nothing.
+
+    By default the kernel takes megabytes before it makes anyone wait, and then reports room in steps of nearly
+    one: a client that reads slowly would look as if it read nothing. And a connection whose listener was let go
+    would stay until its last bytes are read. Where the system has no such options, both stay as they are.
+    """
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_timeout_s * 1000))
 
 
 def _say(settings: Settings, options: argparse.Namespace) -> int:

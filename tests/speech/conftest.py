@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 from api.src.main import build_service
@@ -14,6 +15,7 @@ from api.src.observe import Metrics
 from api.src.settings import Settings
 from api.src.speech.service import Qwen3TTSService
 from tests.speech.asking import StartService
+from tests.speech.launching import Process, launching
 
 
 @pytest_asyncio.fixture
@@ -35,3 +37,9 @@ async def start_service(tmp_path: Path) -> AsyncIterator[StartService]:
             return service
 
         yield start
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Start a server process: the backend's delay per segment, and TTS_ settings as keyword arguments."""
+    yield from launching(tmp_path)

@@ -1,4 +1,5 @@
-"""`qwen3-tts serve` around a backend that needs no voice: the argument is its delay per segment in seconds."""
+"""`qwen3-tts serve` around a backend that needs no voice: the arguments are, in seconds, its
+delay and its sound per segment."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from tests.speech.textual import TextualBackend
 
 
 def main() -> int:
-    cli.create_app = partial(create_app, backend=TextualBackend(delay_s=float(sys.argv[1])))  # type: ignore[assignment]
+    delay_s, seconds = map(float, sys.argv[1:])
+    backend = TextualBackend(delay_s=delay_s, seconds_per_segment=seconds)
+    cli.create_app = partial(create_app, backend=backend)  # type: ignore[assignment]
     return cli.main(["serve"])
 
 

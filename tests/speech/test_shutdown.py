@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-import sqlite3
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import httpx
 import pytest
 
 from api.src.cli import GRACE_S
-from api.src.stores.ledger_check import broken_laws
 from tests.speech.asking import wait_until
+from tests.speech.launching import Process
 from tests.speech.textual import pcm_of, sentences
 
-ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
-PRICE = "[default]\nper_1000_characters = 1000000\n"
-
-
-@dataclass
-class Process:
-    """A server in a process of its own."""
-
-    popen: subprocess.Popen[str]
-    folder: Path
-    log: list[str] = field(default_factory=list)
-
-    @property
-    def url(self) -> str:
-        """Where it listens; waits until it says so."""
-        pattern = re.compile(r"Uvicorn running on (http://[\d.:]+)")
-        while True:
-            wait_until(lambda: any(map(pattern.search, self.log)) or self.popen.poll() is not None, 30)
-            found = [match[1] for line in self.log if (match := pattern.search(line))]
-            assert found, "".join(self.log)
-            return found[0]
-
-    def ended(self, seconds: float) -> int:
-        """Wait for its end; returns its exit status."""
-        return self.popen.wait(seconds)
-
-    def rows(self, query: str) -> list[tuple[object, ...]]:
-        with closing(sqlite3.connect(self.folder / "ledger.db")) as db:
-            return db.execute(query).fetchall()
-
-    def assert_clean(self) -> None:
-        """No hold, no lease, no temp file is left, the books are sound, and nothing went wrong unnoticed."""
-        assert self.rows("SELECT * FROM holds WHERE state = 'open'") == []
-        assert self.rows("SELECT * FROM owners") == [], "the ledger was not closed"
-        assert broken_laws(self.folder / "ledger.db") == []
-        assert list(self.folder.rglob("*.tmp")) == []
-        assert "Traceback" not in "".join(self.log)
 
 
 @dataclass
@@ -92,38 +48,6 @@ def download(url: str, text: str) -> Download:
     result.thread.start()
     assert result.begun.wait(20)
     return result
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Start a server whose backend takes so long for each segment; TTS_ settings as keyword arguments."""
-    running: list[Process] = []
-
-    def start(delay_s: float, **settings: object) -> Process:
-        prices = tmp_path / "prices.toml"
-        prices.write_text(PRICE)
-        environment = os.environ | {
-            "TTS_PORT": "0",
-            "TTS_LOG_LEVEL": "info",
-            "TTS_CACHE_DIR": str(tmp_path / "cache"),
-            "TTS_LEDGER_URL": f"sqlite:///{tmp_path / 'ledger.db'}",
-            "TTS_PRICES_FILE": str(prices),
-            **{f"TTS_{name.upper()}": str(value) for name, value in settings.items()},
-        }
-        command = [sys.executable, "-m", "tests.speech.serve_textual", str(delay_s)]
-        popen = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        process = Process(popen, tmp_path)
-        threading.Thread(target=lambda: process.log.extend(popen.stderr or ()), daemon=True).start()
-        running.append(process)
-        wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 200, 30)
-        return process
-
-    yield start
-    for process in running:
-        process.popen.kill()
-        process.popen.wait()
-        if process.popen.stderr:
-            process.popen.stderr.close()
 
 
 @pytest.mark.parametrize("number", SIGNALS)

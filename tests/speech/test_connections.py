@@ -1,0 +1,49 @@
+"""Slow and dead readers over the connections that `qwen3-tts serve` accepts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.speech.asking import wait_until
+from tests.speech.caller import Caller
+from tests.speech.launching import Process
+from tests.speech.textual import sentences
+
+TEXT = sentences(50)
+SMALL_BUFFER = 8192
+
+
+def sockets(process: Process) -> int:
+    """Open sockets of the process; a descriptor may vanish while one looks."""
+    count = 0
+    for path in Path(f"/proc/{process.popen.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            count += str(path.readlink()).startswith("socket:")
+    return count
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+def test_a_connection_that_nobody_reads_goes_away(launch: Callable[..., Process]) -> None:
+    process = launch(0.0, stall_timeout_s=1, segment_seconds=5)
+    before = sockets(process)
+    with Caller(process.url, receive_buffer=SMALL_BUFFER) as dead:
+        dead.ask(input=TEXT, response_format="pcm")
+        wait_until(lambda: sockets(process) == before + 1)
+        wait_until(lambda: sockets(process) == before, 20)
+
+
+def test_a_slow_reader_is_not_cut(launch: Callable[..., Process]) -> None:
+    """At some 130 kB/s a kernel that buffers by the megabyte would show no progress for seconds."""
+    process = launch(0.0, stall_timeout_s=3, segment_seconds=5)
+    with Caller(process.url, receive_buffer=SMALL_BUFFER) as slow:
+        slow.ask(input=TEXT, response_format="pcm", no_store=True)
+        until = time.monotonic() + 8
+        while time.monotonic() < until:
+            assert slow.socket.recv(4096)
+            time.sleep(0.03)
+    assert "response cut: TimeoutError" not in "".join(process.log)
