@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check format bench clean
+.PHONY: help setup setup-qwen3 serve test check format bench clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(VENV)/.serve ## install what the server needs
-serve: $(VENV)/.serve ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
+setup-qwen3: $(VENV)/.qwen3 ## add torch and what the engine needs
+serve: $(VENV)/$(if $(filter qwen3,$(TTS_BACKEND)),.qwen3,.serve) ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
 	@exec $(BIN)/qwen3-tts serve
 
 test: $(VENV)/.test ## run every test
@@ -38,10 +39,14 @@ $(VENV)/.serve: constraints.txt pyproject.toml
 	$(PIP) -e ".[pico,piper]"
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve
-	$(PIP) -e ".[pico,piper,test]"
+$(VENV)/.qwen3: $(VENV)/.serve
+	$(PIP) -e ".[pico,piper,qwen3]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.qwen3
+	$(PIP) -e ".[pico,piper,qwen3,test]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) -e ".[pico,piper,test,dev]"
+	$(PIP) -e ".[pico,piper,qwen3,test,dev]"
 	@touch $@

@@ -1,0 +1,269 @@
+"""The codec's decoder: codes to samples, as a stream of any number of slots at once.
+
+Owns the loading of the decoder's weights, the state of the slots and the order of a step. The state is a true one
+(tails of the convolutions, keys and values of the window, position): any division of the same codes into steps gives
+the waveform of one full decode. Does not own what makes the codes, nor who sits in which slot.
+Facts of the arithmetic: qwen-tts 0.1.1, tokenizer_12hz. Neighbouring linear maps of the checkpoint are folded at load.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .codec_layers import (
+    CausalConv,
+    DecoderBlock,
+    Output,
+    Stage,
+    TailLayout,
+    Tensors,
+    Upsample,
+    read_conv,
+    upsampling_kernel,
+    weight,
+)
+from .codec_window import Ring, WindowLayer, rotation_at
+from .config import CodecConfig, CodecDecoderConfig
+from .errors import CheckpointError
+from .linear import settle
+from .weights import Checkpoint
+
+STEP_FRAMES = 25
+"""The most frames that are taken at once, so that memory is bounded; longer input becomes several steps."""
+RENDER_FRAMES = 2
+"""On a CPU the late stages, of large activations and small weights, take so many frames at once, for its caches."""
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """A copy of one slot's state, for any slot of any CodecState of the same decoder."""
+
+    tails: Tensor
+    cache: Tensor
+    position: Tensor
+
+
+class CodecState:
+    """The arenas with the state of `count` slots, allocated once. New slots are at the beginning of a stream."""
+
+    def __init__(self, decoder: CodecDecoder, count: int) -> None:
+        config, like = decoder.config, decoder.codebooks
+        ring = config.sliding_window - 1 + STEP_FRAMES
+        self.tails = like.new_zeros(count, decoder.layout.size)
+        self.cache = like.new_zeros(
+            config.num_hidden_layers, count, ring, 2, config.num_key_value_heads, config.head_dim
+        )
+        self.positions = torch.zeros(count, dtype=torch.long, device=like.device)
+
+    @torch.inference_mode()
+    def reset(self, slots: int | Tensor) -> None:
+        """Put one slot, or those of a tensor [B], at the beginning of a stream; nothing of the former one is kept."""
+        self.tails[slots] = 0
+        self.cache[:, slots] = 0
+        self.positions[slots] = 0
+
+    @torch.inference_mode()
+    def read(self, slot: int) -> SlotState:
+        """A copy of the slot's state, such as after prime(), which need not be repeated then."""
+        return SlotState(self.tails[slot].clone(), self.cache[:, slot].clone(), self.positions[slot].clone())
+
+    @torch.inference_mode()
+    def write(self, slot: int, state: SlotState) -> None:
+        self.tails[slot], self.cache[:, slot], self.positions[slot] = state.tails, state.cache, state.position
+
+    @property
+    def nbytes(self) -> int:
+        return self.tails.nbytes + self.cache.nbytes + self.positions.nbytes
+
+
+class CodecDecoder(nn.Module):
+    """decoder.* of speech_tokenizer/. Holds weights only; what it continues from is a CodecState's."""
+
+    def __init__(self, config: CodecDecoderConfig, tensors: Tensors) -> None:
+        """Raises CheckpointError: a tensor that is missing or misshapen, a shape that the arithmetic does not serve."""
+        super().__init__()
+        _check(config)
+        self.config, self.layout = config, TailLayout()
+        self.codebooks = weight(_codebooks(config, tensors / "quantizer"))  # [groups, size, dim]
+        self.input = CausalConv(self.layout, *_input(config, tensors))
+        layers = tensors / "pre_transformer" / "layers"
+        self.layers = nn.ModuleList(WindowLayer(layers / str(i), config) for i in range(config.num_hidden_layers))
+        stages = _stages(config, tensors, self.layout)
+        self.stages, self.needs = nn.ModuleList(stages), _needs(stages)
+        self.early = len(config.upsampling_ratios) + 2
+        self.frame_rows = math.prod(config.upsampling_ratios) * config.upsample_rates[0]
+        self.frame_samples = math.prod(config.upsampling_ratios) * math.prod(config.upsample_rates)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Self:
+        """The decoder of the checkpoint in `folder`, which holds speech_tokenizer/ or is that folder.
+
+        Raises:
+            CheckpointError: whatever makes the checkpoint unusable.
+        """
+        folder = folder / "speech_tokenizer" if (folder / "speech_tokenizer").is_dir() else folder
+        config = CodecConfig.read(folder)
+        with Checkpoint(folder) as checkpoint:
+            tensors = Tensors(checkpoint, "decoder.")
+            decoder = cls(config.decoder_config, tensors)
+            if unused := [name for name in tensors.unused() if not name.endswith(".input_proj.weight")]:
+                raise CheckpointError(f"{folder} has unexpected tensors: {', '.join(unused[:3])}")
+        decoder = decoder.to(device, dtype).eval()
+        if dtype != torch.float64:
+            settle(decoder)
+        return decoder
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, slots: Tensor, state: CodecState) -> Tensor:
+        """Continue the streams in `slots`, which may stand at different positions.
+
+        codes [B, T, groups] of any T, slots [B] without repetition, both on the state's device.
+        Returns the samples [B, T * frame_samples] within -1 and 1, in float32 (in float64 if the weights are).
+        """
+        none = self.codebooks.new_empty(codes.shape[0], 0)
+        steps = [self._step(step, slots, state) for step in torch.split(codes, STEP_FRAMES, 1) if step.shape[1]]
+        samples = torch.cat((none, *steps), 1)
+        return samples.to(torch.promote_types(samples.dtype, torch.float32))
+
+    @torch.inference_mode()
+    def prime(self, codes: Tensor, slots: Tensor, state: CodecState) -> None:
+        """Put the streams in `slots` where decode() of the same codes would, without making their sound.
+
+        All codes [B, T, groups] pass through the transformer; of what follows only the rows that the state depends on.
+        """
+        hidden = self.codebooks.new_empty(codes.shape[0], 0, self.config.hidden_size)
+        tails = state.tails[slots]
+        for step in torch.split(codes, STEP_FRAMES, 1):
+            if step.shape[1]:
+                hidden = torch.cat((hidden, self._transform(step, slots, tails, state)), 1)[:, -self.needs[0] :]
+        for stage, need in zip(self.stages, self.needs, strict=True):
+            if hidden.shape[1]:
+                hidden = stage(hidden[:, -need:], tails)
+        state.tails[slots] = tails
+
+    def decode_full(self, codes: Tensor) -> Tensor:
+        """codes [B, T, groups] -> samples [B, T * frame_samples]: whole streams from their beginning."""
+        slots = torch.arange(codes.shape[0], device=codes.device)
+        return self.decode(codes, slots, CodecState(self, codes.shape[0]))
+
+    def _step(self, codes: Tensor, slots: Tensor, state: CodecState) -> Tensor:
+        tails = state.tails[slots]  # [B, size]
+        x = self._transform(codes, slots, tails, state)
+        for stage in self.stages[: self.early]:
+            x = stage(x, tails)
+        # [B, T * frame_rows, channels]
+        length = RENDER_FRAMES * self.frame_rows if x.device.type == "cpu" else x.shape[1]
+        samples = torch.cat([self._render(part, tails) for part in torch.split(x, length, 1)], 1)
+        state.tails[slots] = tails
+        return samples.flatten(1)
+
+    def _transform(self, codes: Tensor, slots: Tensor, tails: Tensor, state: CodecState) -> Tensor:
+        """codes [B, T, groups] -> [B, T, hidden]; advances positions and the window of keys and values."""
+        groups = torch.arange(codes.shape[2], device=codes.device)
+        vectors = self.codebooks[groups, codes]  # [B, T, groups, dim]
+        semantic = self.config.num_semantic_quantizers
+        x = torch.cat((vectors[:, :, :semantic].sum(2), vectors[:, :, semantic:].sum(2)), 2)
+        x = self.input(x, tails)
+        positions = state.positions[slots][:, None] + torch.arange(codes.shape[1], device=codes.device)  # [B, T]
+        state.positions[slots] = positions[:, -1] + 1
+        rotation = rotation_at(positions.flatten(), self.config.head_dim, self.config.rope_theta, x.dtype)
+        ring = Ring(state.cache, slots, positions, self.config.sliding_window)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, ring, index)
+        return F.rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps)
+
+    def _render(self, x: Tensor, tails: Tensor) -> Tensor:
+        for stage in self.stages[self.early :]:
+            x = stage(x, tails)
+        return x
+
+
+def reference_cut(reference_frames: int, frames: int, samples: int) -> int:
+    """How many first samples of a clone's waveform, decoded behind its reference, the official package cuts off.
+
+    frames: both together. Its quotient in floating point may leave one sample of the reference.
+    """
+    return int(reference_frames / max(frames, 1) * samples)
+
+
+def _check(config: CodecDecoderConfig) -> None:
+    supported = {
+        "hidden_act": config.hidden_act == "silu",
+        "attention_bias": not config.attention_bias,
+        "codebook_dim": config.codebook_dim % 2 == 0,
+        "num_key_value_heads": config.num_attention_heads % config.num_key_value_heads == 0,
+        "num_quantizers": config.num_quantizers > config.num_semantic_quantizers,
+        "upsampling_ratios": len(config.upsampling_ratios) > 0,
+        "upsample_rates": len(config.upsample_rates) > 0,
+    }
+    for name, fine in supported.items():
+        if not fine:
+            raise CheckpointError(f"config.json: decoder_config.{name} = {getattr(config, name)!r} is not supported")
+
+
+def _codebooks(config: CodecDecoderConfig, tensors: Tensors) -> Tensor:
+    """[groups, codebook_size, codebook_dim / 2]: each cluster's mean."""
+    size, semantic = config.codebook_size, config.num_semantic_quantizers
+    means = []
+    for group in range(config.num_quantizers):
+        part, index = ("rvq_first", group) if group < semantic else ("rvq_rest", group - semantic)
+        book = tensors / f"{part}.vq.layers.{index}._codebook"
+        usage = book.get("cluster_usage", size).clamp(min=1e-5)
+        means.append(book.get("embedding_sum", size, config.codebook_dim // 2) / usage[:, None])
+    return torch.stack(means)
+
+
+def _input(config: CodecDecoderConfig, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """Kernel [hidden, codebook_dim, 3] and bias: quantizer projections, pre_conv and the transformer's input_proj."""
+    dim, latent, hidden = config.codebook_dim, config.latent_dim, config.hidden_size
+    names = ("rvq_first", "rvq_rest")
+    parts = [tensors.get(f"quantizer.{name}.output_proj.weight", dim, dim // 2, 1).squeeze(2) for name in names]
+    matrix = tensors.get("pre_transformer.input_proj.weight", hidden, latent).double()
+    kernel = tensors.get("pre_conv.conv.weight", latent, dim, 3).double()
+    bias = matrix @ tensors.get("pre_conv.conv.bias", latent).double()
+    folded = torch.einsum("hl,lcj,cd->hdj", matrix, kernel, torch.cat(parts, 1).double())
+    return folded, bias + tensors.get("pre_transformer.input_proj.bias", hidden)
+
+
+def _upsampling(config: CodecDecoderConfig, tensors: Tensors, index: int, factor: int) -> tuple[Tensor, Tensor]:
+    """Kernel [factor * latent, in, 1] and bias; the first takes in the transformer's norm weight and output_proj."""
+    latent, hidden = config.latent_dim, config.hidden_size
+    conv = tensors / f"upsample.{index}.0.conv"
+    kernel = upsampling_kernel(conv.get("weight", latent, latent, factor), factor)
+    bias = conv.get("bias", latent).repeat(factor)
+    if index:
+        return kernel, bias
+    matrix, last = kernel.squeeze(2).double(), tensors / "pre_transformer"
+    projection = last.get("output_proj.weight", latent, hidden) * last.get("norm.weight", hidden)
+    return (matrix @ projection.double()).unsqueeze(2), bias + matrix @ last.get("output_proj.bias", latent).double()
+
+
+def _stages(config: CodecDecoderConfig, tensors: Tensors, layout: TailLayout) -> list[Stage]:
+    """All that follows the transformer, in order."""
+    stages: list[Stage] = [
+        Upsample(layout, *_upsampling(config, tensors, index, factor), factor, tensors / f"upsample.{index}.1")
+        for index, factor in enumerate(config.upsampling_ratios)
+    ]
+    width, decoder = config.decoder_dim, tensors / "decoder"
+    stages.append(read_conv(decoder / "0.conv", layout, (width, config.latent_dim, 7)))
+    for index, rate in enumerate(config.upsample_rates, 1):
+        stages.append(DecoderBlock(decoder / f"{index}.block", layout, (width, width // 2), rate))
+        width //= 2
+    count = len(config.upsample_rates)
+    stages.append(Output(decoder / str(count + 1), decoder / f"{count + 2}.conv", layout, width))
+    return stages
+
+
+def _needs(stages: list[Stage]) -> list[int]:
+    """For each stage, how many last rows of its input decide its and all later stages' state."""
+    needs = [0]
+    for stage in reversed(stages):
+        needs.append(stage.need(needs[-1]))
+    return needs[:0:-1]

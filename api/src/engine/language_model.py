@@ -1,0 +1,126 @@
+"""The language model as a whole: loading, prefill of prompts into slots, one frame of codes for a batch of slots.
+
+Owns the weights and the order of a step. State is in `Slots`; which slot does what, and the end, are the caller's.
+Shapes: B rows of a step, H talker's hidden, V codec vocabulary, C code groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .layers import rotations
+from .linear import settle, settle_one
+from .prompt import PromptRows
+from .sampling import Sampling, choose, draws, penalise
+from .slots import FrameMemory, Plan, PromptMemory, Slots
+from .talker import Talker
+from .weights import Checkpoint, empty, load
+
+SPECIAL_CODES = 1024
+"""The codec vocabulary's upper end, ids that are no sound: never chosen but for the end of speech."""
+_PREFIX = "talker."
+_TEXT_TABLE = "model.text_embedding.weight"
+
+
+class LanguageModel:
+    """Text and voice to codes."""
+
+    def __init__(self, config: ModelConfig, talker: Talker) -> None:
+        """`talker` is loaded. Its linear maps are brought into their device's form here."""
+        self.config, self.talker = config, talker
+        codec = config.talker_config
+        self.eos = codec.codec_eos_token_id
+        self.weight = talker.model.norm.weight
+        settle(talker)
+        talker.code_predictor.fold(talker.model.codec_embedding.weight)
+        self.predictor_rotation = rotations(codec.code_predictor_config, codec.num_code_groups, self.weight)
+        special = torch.arange(codec.vocab_size) >= codec.vocab_size - SPECIAL_CODES
+        special[self.eos] = False
+        self.suppressed = special.to(self.weight.device)
+        self.is_eos = (torch.arange(codec.vocab_size) == self.eos).to(self.weight.device)
+
+    @classmethod
+    def load(
+        cls, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> LanguageModel:
+        """The checkpoint in `folder`.
+
+        The text table, of which single rows are read, keeps the file's dtype.
+
+        Raises:
+            CheckpointError: whatever makes the checkpoint unusable.
+        """
+        config = ModelConfig.read(folder)
+        with Checkpoint(folder) as checkpoint:
+
+            def build() -> Talker:
+                talker = Talker(config.talker_config).to(dtype)
+                talker.model.text_embedding.to(checkpoint.tensor(_PREFIX + _TEXT_TABLE).dtype)
+                return talker
+
+            talker = empty(build, device=device)
+            load(talker, checkpoint, _PREFIX, filled=settle_one)
+        return cls(config, talker)
+
+    def new_slots(self, count: int, positions: int, text_rows: int) -> Slots:
+        """Arenas for `count` streams; see Slots."""
+        return Slots(self.config.talker_config, self.weight, count=count, positions=positions, text_rows=text_rows)
+
+    @torch.inference_mode()
+    def prefill(self, state: Slots, entries: Sequence[tuple[int, PromptRows, Sampling]]) -> None:
+        """Take a free slot for each prompt and store its keys and values; prompts may differ in length.
+
+        The last row of each is left to the slot's first frame step.
+
+        Raises:
+            EngineError: a slot that is taken, a prompt or a text that is too long. No slot is taken then.
+        """
+        lengths = [prompt.rows.shape[0] - 1 for _, prompt, _ in entries]
+        for (slot, prompt, _), length in zip(entries, lengths, strict=True):
+            state.check(slot, length, prompt.trailing.shape[0])
+        x = torch.cat([prompt.rows[:-1] for _, prompt, _ in entries])
+        places = torch.cat([torch.arange(length) for length in lengths]).to(x.device)
+        memory = PromptMemory(state.talker, [slot for slot, _, _ in entries], lengths)
+        self.talker(x, state.rotation.at(places), memory)
+        for (slot, prompt, sampling), length in zip(entries, lengths, strict=True):
+            state.enter(slot, sampling, length, prompt.rows[-1], prompt.trailing, prompt.pad)
+
+    @torch.inference_mode()
+    def frame_step(self, state: Slots, slots: Sequence[int]) -> Tensor:
+        """One frame of each of `slots`: codes (B, C).
+
+        A first code that equals `eos` ends a stream: its other codes mean nothing, and the slot should leave.
+
+        Raises:
+            EngineError: a slot whose positions are used up.
+        """
+        plan = state.plan(slots)
+        index = torch.tensor(slots, device=self.weight.device)
+        codes = self._frame(state, slots, index, plan)
+        state.advance(slots)
+        return codes
+
+    def _frame(self, state: Slots, slots: Sequence[int], index: Tensor, plan: Plan) -> Tensor:
+        rows = state.rows(index)
+        memory = state.step_memory(slots, index, rows.positions, plan.span)
+        hidden = self.talker(state.next_input[index], state.rotation.at(rows.positions), memory)
+        hidden = self.talker.model.norm(hidden)  # (B, H): the head's input and the code predictor's
+        uniform = draws(rows.keys, rows.frames, self.config.talker_config.num_code_groups)  # (B, C)
+
+        logits = penalise(self.talker.codec_head(hidden).float(), state.seen[index], rows.penalty)  # (B, V)
+        too_early = (rows.frames < rows.min_new_tokens)[:, None] & self.is_eos
+        logits = logits.masked_fill(self.suppressed | too_early, -torch.inf)
+        first = choose(logits, rows.talker, uniform[:, 0], plan.width)
+
+        scratch = FrameMemory(state.predictor, plan.rows)
+        rest = self.talker.code_predictor(
+            hidden, first, self.predictor_rotation, scratch, rows.subtalker, uniform[:, 1:], plan.subtalker_width
+        )
+        codes = torch.cat((first[:, None], rest), dim=1)
+        state.commit(index, rows, first, self.talker.frames(codes))
+        return codes

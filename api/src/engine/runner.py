@@ -1,0 +1,145 @@
+"""Carrying out the scheduler's plans in torch: prompts into slots, frames of codes, sound.
+
+Owns what belongs to a slot besides the arenas (codes that wait for the codec) and the grouping of work into batches.
+Does not own the arithmetic (language_model.py, codec.py), nor who is served when (scheduler.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .codec import CodecDecoder, CodecState
+from .language_model import LanguageModel
+from .messages import Sound
+from .prompt import Prompt, PromptBuilder, PromptRows
+from .sampling import Sampling
+from .scheduler import Slot, Work
+
+
+class Entered:
+    """What a slot has besides the arenas: the row that follows all text, and codes (C,) that have no sound yet."""
+
+    def __init__(self, pad: Tensor) -> None:
+        self.pad = pad
+        self.codes: list[Tensor] = []
+
+    def take(self, frames: int) -> Tensor:
+        """The next frames' codes (frames, C)."""
+        taken, self.codes = self.codes[:frames], self.codes[frames:]
+        return torch.stack(taken)
+
+
+class TorchRunner:
+    """Implements steps.Runner. Requests have a Prompt and a Sampling; text that is appended is str.
+
+    positions: prompt rows and frames of a slot together. text_rows: of text to come, of a slot.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        builder: PromptBuilder,
+        codec: CodecDecoder,
+        *,
+        slots: int,
+        positions: int,
+        text_rows: int,
+    ) -> None:
+        self._model, self._builder, self._codec = model, builder, codec
+        self._slots = model.new_slots(slots, positions, text_rows)
+        self._sounds = CodecState(codec, slots)
+        self._entered: dict[int, Entered] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all that slots can ever hold."""
+        return self._slots.bytes() + self._sounds.nbytes
+
+    @torch.inference_mode()
+    def prefill(self, slots: Sequence[Slot]) -> list[int]:
+        """As Runner.prefill.
+
+        Raises:
+            EngineError: a prompt that the model cannot speak, or that does not fit into a slot.
+        """
+        prompts = [_prompt(slot) for slot in slots]
+        rows = [self._builder.rows(prompt) for prompt in prompts]
+        entries = [(slot.index, r, _sampling(slot)) for slot, r in zip(slots, rows, strict=True)]
+        self._model.prefill(self._slots, entries)
+        for slot, prompt, r in zip(slots, prompts, rows, strict=True):
+            self._enter(slot, prompt, r)
+        return [len(r.trailing) for r in rows]
+
+    def _enter(self, slot: Slot, prompt: Prompt, rows: PromptRows) -> None:
+        self._entered[slot.index] = Entered(rows.pad)
+        self._sounds.reset(slot.index)
+        if prompt.reference is not None and prompt.reference.codes is not None:
+            clip = prompt.reference.codes[None].to(self._sounds.positions)  # (1, F, C)
+            self._codec.prime(clip, self._index([slot]), self._sounds)
+        self._bound(slot)
+
+    @torch.inference_mode()
+    def append(self, slot: Slot, text: str | None, last: bool) -> int:
+        """As Runner.append."""
+        rows = [self._builder.more(text)] if text else []
+        rows += [self._builder.end] if last else []
+        if not rows:
+            return 0
+        joined = torch.cat(rows)  # (R, H)
+        self._slots.append(slot.index, joined, self._entered[slot.index].pad)
+        self._bound(slot)
+        return len(joined)
+
+    def _bound(self, slot: Slot) -> None:
+        """A slot whose positions are used up ends with "length", as one whose budget is."""
+        slot.job.max_frames = min(slot.job.max_frames, slot.frames_done + self._slots.room(slot.index))
+
+    def decode(self, slots: Sequence[Slot]) -> list[int | None]:
+        """As Runner.decode."""
+        codes = self._model.frame_step(self._slots, [slot.index for slot in slots])  # (B, C)
+        firsts: list[int | None] = []
+        for slot, code, frame in zip(slots, codes[:, 0].tolist(), codes, strict=True):
+            ended = code == self._model.eos
+            firsts.append(None if ended else code)
+            if not ended:
+                self._entered[slot.index].codes.append(frame)
+        return firsts
+
+    @torch.inference_mode()
+    def codec(self, work: Sequence[Work]) -> list[Sound]:
+        """As Runner.codec; slots with chunks of one length go together."""
+        groups: dict[int, list[Slot]] = {}
+        for slot, frames in work:
+            groups.setdefault(frames, []).append(slot)
+        sounds: dict[int, Sound] = {}
+        for frames, slots in groups.items():
+            codes = torch.stack([self._entered[slot.index].take(frames) for slot in slots])  # (B, T, C)
+            samples = self._codec.decode(codes, self._index(slots), self._sounds).float().cpu().numpy()
+            made = zip(slots, samples, codes.cpu().numpy(), strict=True)
+            sounds |= {slot.index: Sound(sound.copy(), chunk.copy()) for slot, sound, chunk in made}
+        return [sounds[slot.index] for slot, _ in work]
+
+    def release(self, slot: Slot) -> None:
+        """As Runner.release."""
+        self._slots.leave(slot.index)
+        self._entered.pop(slot.index, None)
+
+    def _index(self, slots: Sequence[Slot]) -> Tensor:
+        return torch.tensor([slot.index for slot in slots], device=self._sounds.positions.device)
+
+
+def _prompt(slot: Slot) -> Prompt:
+    """The request's prompt with the text that has come since."""
+    prompt: Prompt = slot.job.request.prompt
+    if not slot.job.request.text_open:
+        return prompt
+    text = prompt.text + "".join(slot.job.text)
+    return replace(prompt, text=text, text_at_once=False, text_open=slot.job.open)
+
+
+def _sampling(slot: Slot) -> Sampling:
+    return slot.job.request.sampling or Sampling()

@@ -1,0 +1,215 @@
+"""One step after the other, in one thread: schedule, run, commit.
+
+Owns the order in which a plan is carried out, what a failure ends, and each job's one end. Decides nothing
+(scheduler.py), touches no tensor (the runner), knows no threads (engine.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .messages import Delivery, FinishReason, Limits, Sound
+from .scheduler import Job, Scheduler, Slot, Work
+
+SILENCE_RMS = 1e-3
+"""-60 dB of full scale: below this a frame is silent. Pauses of recorded speech have more noise than that."""
+
+SilentTail = Callable[[NDArray[np.float32], int], int]
+"""(samples, frames) -> how many frames at the end of them are silent."""
+
+_log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """What carries out a plan. All calls come from the engine's thread; results are in the order of the slots.
+
+    An exception ends the requests of that call alone (a failed prefill of several is tried again one by one).
+    """
+
+    def prefill(self, slots: Sequence[Slot]) -> Sequence[int]:
+        """Enter each slot with `job.request` and the pieces `job.text`, closed unless `job.open`.
+
+        Returns how many frames the text of each is good for; of no matter if it is closed.
+        """
+        ...
+
+    def append(self, slot: Slot, text: Any, last: bool) -> int:
+        """More text for a slot (None: none), `last` if it ends there. Returns for how many frames more it is good."""
+        ...
+
+    def decode(self, slots: Sequence[Slot]) -> Sequence[int | None]:
+        """Make each slot's next frame; returns its first code, or None where the speech has ended without a frame."""
+        ...
+
+    def codec(self, work: Sequence[Work]) -> Sequence[Sound]:
+        """The sound of each slot's next n frames, which begin at frame `slot.delivered`."""
+        ...
+
+    def release(self, slot: Slot) -> None:
+        """Forget the slot, whatever state it is in."""
+        ...
+
+
+class Stepper:
+    """Carries out what the scheduler plans. `jobs`: those that have not ended, in the order of their arrival."""
+
+    def __init__(self, runner: Runner, limits: Limits, clock: Callable[[], float], silent_tail: SilentTail) -> None:
+        self.scheduler = Scheduler(limits)
+        self.jobs: dict[Job, None] = {}
+        self.frames = 0
+        self._runner = runner
+        self._clock = clock
+        self._silent_tail = silent_tail
+
+    # --- what requests do ---
+
+    def submit(self, job: Job, now: float) -> None:
+        """As Scheduler.submit."""
+        if job.finish_reason is None:
+            self.scheduler.submit(job, now)
+
+    def append(self, job: Job, text: Any, frames: int) -> None:
+        """As Scheduler.append, and on to the runner if the prompt is in."""
+        if job.finish_reason is None:
+            self.scheduler.append(job, text, frames)
+            self._feed(job.slot, text, last=False)
+
+    def close_text(self, job: Job) -> None:
+        """No more text comes. A job that never got any is over."""
+        job.open = False
+        if job.finish_reason is None and job.request.starts_empty and not job.text:
+            self.finish(job, "stop")
+        self._feed(job.slot, None, last=True)
+
+    def _feed(self, slot: Slot | None, text: Any, last: bool) -> None:
+        """Text for a prompt that is in already; for one that waits, it is part of the prefill."""
+        if slot is None:
+            return
+        try:
+            self.scheduler.fed(slot, self._runner.append(slot, text, last), self._clock())
+        except Exception as error:
+            self._fail([slot], error)
+
+    def taken(self, job: Job, frames: int) -> None:
+        """As Scheduler.taken."""
+        self.scheduler.taken(job, frames)
+
+    # --- a step ---
+
+    def step(self) -> bool:
+        """Schedule, run, commit. Whether there was something to run."""
+        started = self._clock()
+        for job in self.scheduler.expired(started):
+            self.finish(job, "deadline")
+        plan = self.scheduler.schedule(started)
+        self._codec(plan.first)
+        self._prefill(plan.prefill)
+        self._codec(plan.urgent)
+        self._decode(plan.decode)
+        self._codec(plan.bulk)
+        if plan.decode:
+            self.scheduler.stepped(self._clock() - started)
+        return bool(plan)
+
+    def _prefill(self, slots: Sequence[Slot]) -> None:
+        if not slots or self._prefilled(slots, alone=len(slots) == 1):
+            return
+        for slot in slots:  # all of them first, as nobody knows how far it got
+            self._release(slot)
+        for slot in slots:
+            self._prefilled([slot], alone=True)
+
+    def _prefilled(self, slots: Sequence[Slot], alone: bool) -> bool:
+        """Whether that is settled: an error is a slot's own only if it is `alone`."""
+        try:
+            entered = list(zip(slots, self._runner.prefill(slots), strict=True))
+        except Exception as error:
+            if alone:
+                self._fail(slots, error)
+            return alone
+        for slot, text_rows in entered:
+            self.scheduler.fed(slot, text_rows, self._clock())
+        return True
+
+    def _decode(self, slots: Sequence[Slot]) -> None:
+        slots = [slot for slot in slots if slot.runs]
+        if not slots:
+            return
+        try:
+            made = list(zip(slots, self._runner.decode(slots), strict=True))
+        except Exception as error:
+            self._fail(slots, error)
+            return
+        for slot, code in made:
+            self.scheduler.decoded(slot, code, self._clock())
+            self.frames += code is not None
+            if slot.done:
+                self.finish(slot.job, slot.ending or "stop")
+
+    def _codec(self, work: Sequence[Work]) -> None:
+        work = [(slot, frames) for slot, frames in work if slot.live]
+        if not work:
+            return
+        try:
+            made = list(zip(work, self._runner.codec(work), strict=True))
+            tails = [self._silent_tail(sound.samples, frames) for (_, frames), sound in made]
+        except Exception as error:
+            self._fail([slot for slot, _ in work], error)
+            return
+        for ((slot, frames), sound), tail in zip(made, tails, strict=True):
+            if slot.job.cancelled:  # its end comes before the next step
+                continue
+            chunk = Delivery(slot.delivered, frames, sound)
+            self.scheduler.sounded(slot, frames, tail, self._clock())
+            if slot.done:
+                self.finish(slot.job, slot.ending or "stop", chunk)
+            else:
+                self._deliver(slot.job, chunk)
+
+    # --- ends ---
+
+    def _fail(self, slots: Sequence[Slot], error: Exception) -> None:
+        _log.error("a step failed for %d requests", len(slots), exc_info=error)
+        error.with_traceback(None)  # whoever keeps the error shall not keep the step's tensors
+        for slot in slots:
+            self.finish(slot.job, "error", error=error)
+
+    def finish(
+        self, job: Job, reason: FinishReason, last: Delivery | None = None, error: Exception | None = None
+    ) -> None:
+        """The one end of a job; `last`: the chunk that goes with it."""
+        if job.finish_reason is not None:
+            return
+        self.jobs.pop(job, None)
+        slot = self.scheduler.end(job, reason)
+        if slot is not None:
+            self._release(slot)
+        last = last or Delivery(slot.delivered if slot else 0, 0)
+        self._deliver(job, replace(last, finish_reason=reason, error=error))
+
+    def _release(self, slot: Slot) -> None:
+        try:
+            self._runner.release(slot)
+        except Exception:
+            _log.exception("slot %d could not be released", slot.index)
+
+    def _deliver(self, job: Job, delivery: Delivery) -> None:
+        try:
+            job.deliver(delivery)
+        except Exception as error:
+            _log.exception("a receiver failed")
+            self.finish(job, "error", error=error)  # no more than a note if this was the end
+
+
+def silent_tail(samples: NDArray[np.float32], frames: int) -> int:
+    """How many frames at the end of `samples` are below SILENCE_RMS."""
+    for silent, frame in enumerate(reversed(np.array_split(samples, frames))):
+        if np.sqrt(np.mean(np.square(frame))) >= SILENCE_RMS:
+            return silent
+    return frames
