@@ -70,6 +70,10 @@ def create_app(settings: Settings | None = None, *, backend: Backend | None = No
 
 def build_backend(settings: Settings) -> Backend:
     """The backend that `settings.backend` names."""
+    if settings.backend == "qwen3":
+        from .backends.qwen3_tts import Qwen3TTSBackend  # needs torch, which only this backend does
+
+        return Qwen3TTSBackend(model=str(settings.model), slots=settings.slots, device=settings.device)
     return EmbeddedBackend(workers=settings.embedded_workers)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 CommaSeparated = Annotated[list[str], NoDecode]
@@ -32,8 +32,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     # --- what speaks ---
-    backend: Literal["embedded"] = "embedded"
+    backend: Literal["embedded", "qwen3"] = "embedded"
     embedded_workers: int = Field(default=2, ge=1, le=64)
+    model: Path | None = None
+    device: str = "cpu"
+    slots: int = Field(default=8, ge=1, le=256)
     model_aliases: Pairs = {}
 
     # --- bounds of a request ---
@@ -79,6 +82,12 @@ class Settings(BaseSettings):
         if not value.startswith("sqlite:///"):
             raise ValueError("must begin with sqlite:///")
         return value
+
+    @model_validator(mode="after")
+    def _qwen3_needs_a_model(self) -> Settings:
+        if self.backend == "qwen3" and self.model is None:
+            raise ValueError("TTS_BACKEND=qwen3 needs TTS_MODEL, a checkpoint's folder")
+        return self
 
     @property
     def ledger_path(self) -> Path:
