@@ -198,6 +198,17 @@ def test_a_whole_answer_that_never_comes_costs_nothing(
     assert server.call(lambda: server.service.ledger.usage(None, 10)) == []
 
 
+def test_a_failure_after_sound_is_not_charged(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    """The client has heard some of it, but the fault is the server's: it leaves a trace and costs nothing."""
+    server = priced(start_server, tmp_path, TextualBackend(delay_s=0.05))
+    with pytest.raises(httpx.RemoteProtocolError):
+        server.client.post("/v1/audio/speech", json={"input": f"{sentences(3)} And then it must FAIL, of all things."})
+    server.wait_idle()
+    (event,) = server.call(lambda: server.service.ledger.usage(None, 10))
+    assert (event.outcome, event.price_micros) == ("failed", 0)
+    assert server.call(server.service.ledger.check) == []
+
+
 def test_a_hang_up_in_the_middle_harms_no_other_listener(server: Server, backend: Any) -> None:
     backend.delay_s = 0.1
     bodies = []

@@ -10,11 +10,11 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..domain import FRAME_SECONDS, Outcome, SpeechChunk, UsageEvent
-from ..errors import ShuttingDown, TimedOut
+from ..errors import ShuttingDown, SpeechError, TimedOut
 from ..observe import Metrics
 from ..stores.ledger import Hold, IdempotencyKey, Ledger
 from .generation import Script, Source
@@ -66,6 +66,7 @@ class Listener:
         self._hold: Hold | None = None
         self._settling: asyncio.Task[None] | None = None
         self._sent = 0
+        self._failed = False
         self._starting: asyncio.Task[Any] | None = None
         self._closed = False
 
@@ -113,6 +114,9 @@ class Listener:
         while not is_last:
             try:
                 data, is_last = await self._source.read(offset)
+            except SpeechError:
+                self._failed = True
+                raise
             finally:
                 self._require_open()
             offset += len(data)
@@ -183,10 +187,12 @@ class Listener:
 
     async def _unwind(self) -> None:
         heard = characters_heard(self._source.marks, self._sent) if self._source else 0
-        if heard:
+        if heard and not self._failed:
             await self._settle_hold(heard, "cancelled")
-        else:
-            await self._stack.aclose()
+            return
+        async with self._stack:
+            if heard and self._hold is not None:  # our fault: it leaves a trace but costs nothing
+                await self._hold.release(replace(self._event(heard, "failed"), price_micros=0))
 
     def _event(self, characters: int, outcome: Outcome) -> UsageEvent:
         request, hit = self.script.request, self.cache_status == "hit"
