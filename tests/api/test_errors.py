@@ -333,8 +333,6 @@ def test_errors_leave_nothing_behind(house: Server) -> None:
     speak(house.client, "This will FAIL.", seed=9)
     speak(house.client, PARTS[0], voice="nobody", seed=9)
     house.wait_idle()
-    assert {event["outcome"] for event in usage(house.client, limit=1000)["data"]} <= {
-        "completed",
-        "cached",
-        "cancelled",
-    }
+    events = usage(house.client, limit=1000)["data"]
+    assert {event["outcome"] for event in events} <= {"completed", "cached", "cancelled", "failed"}
+    assert all(event["price_micros"] == 0 for event in events if event["outcome"] == "failed")
