@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from api.src.domain import SAMPLE_RATE, AudioChunk, Capabilities, Readiness, Segment, SpeechRequest, Voice
+from api.src.domain import SAMPLE_RATE, AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
 
 OPENAI_VOICES = (
     "alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split()  # noqa: SIM905
@@ -19,7 +19,8 @@ OPENAI_VOICES = (
 class FakeBackend:
     """Speaks `seconds_per_segment` of a tone for each segment, `delay_s` after it was asked for it.
 
-    A segment whose text holds "FAIL" raises. `spoken` counts runs, `open` those that have not ended.
+    A segment whose text holds "FAIL" raises. `spoken` counts runs, `open` those that have not ended. `engines` is
+    what `stats` answers.
     """
 
     delay_s: float = 0.0
@@ -29,12 +30,13 @@ class FakeBackend:
     spoken: int = 0
     open: int = 0
     segments: list[Segment] = field(default_factory=list)
+    engines: dict[str, ModelStats] = field(default_factory=dict)
 
     @property
-    def capabilities(self) -> Capabilities:
+    def models(self) -> list[Model]:
         voices = [Voice("tone", "Tone", "english", "tone-1"), Voice("hum", "Hum", "german", "hum-1")]
         aliases = {name: ("hum" if name == "nova" else "tone") for name in OPENAI_VOICES}
-        return Capabilities(["fake-1"], voices, aliases, ["english", "german"], "1")
+        return [Model("fake-1", voices, aliases, ["english", "german"], "1")]
 
     def readiness(self) -> Readiness:
         return Readiness(self.ready, "ready" if self.ready else "loading", "" if self.ready else "still loading")
@@ -47,6 +49,9 @@ class FakeBackend:
 
     def text_tokens(self, text: str) -> int | None:
         return None
+
+    def stats(self) -> Mapping[str, ModelStats]:
+        return self.engines
 
     async def speak(
         self, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 SAMPLE_RATE = 24_000
 """Hz of everything that leaves the server, on every backend."""
 
-FRAME_SECONDS = 0.08
-"""Length of one codec frame of Qwen3-TTS 12 Hz; the unit of output tokens where a backend has none."""
+FRAME_SECONDS = Fraction(2, 25)
+"""Length of one codec frame of Qwen3-TTS 12 Hz (80 ms); the unit of output tokens on every backend."""
 
 AudioFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm", "ogg"]
 MEDIA_TYPES: Mapping[AudioFormat, str] = {
@@ -140,17 +141,39 @@ class Readiness:
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a backend can serve now.
+class Model:
+    """A model that a backend serves now.
 
-    `models` are native ids, best first. `aliases` maps lower-case voice names (the OpenAI ones among them)
-    to ids of `voices`. `languages` are English names in lower case. `revision` changes whenever the same
-    request would sound different.
+    `id` is its native id. `aliases` maps lower-case voice names (the OpenAI ones among them) to ids of `voices`.
+    `languages` are English names in lower case. `revision` changes whenever the same request would sound different.
     """
 
-    models: Sequence[str]
+    id: str
     voices: Sequence[Voice]
     aliases: Mapping[str, str]
     languages: Sequence[str]
     revision: str
-    features: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """The engine of one model at a glance.
+
+    Requests are the engine's own: one for each segment of a text, and the warm-up. `waiting` ones have no slot yet;
+    of those with a slot, `paused` ones are too far ahead of their listener, `active` are the others. `step_seconds`
+    is the running mean of a step that made frames, 0 before the first. `frames`, and the requests `finished` by their
+    finish_reason, count from the start of the backend: they never fall.
+    """
+
+    waiting: int = 0
+    active: int = 0
+    paused: int = 0
+    step_seconds: float = 0.0
+    frames: int = 0
+    finished: Mapping[str, int] = field(default_factory=dict)
+
+    def after(self, earlier: ModelStats) -> ModelStats:
+        """These figures, with the counts of an engine that ran before and is gone."""
+        reasons = {**earlier.finished, **self.finished}
+        finished = {reason: earlier.finished.get(reason, 0) + self.finished.get(reason, 0) for reason in reasons}
+        return replace(self, frames=earlier.frames + self.frames, finished=finished)

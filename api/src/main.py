@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from .backends.base import Backend
+from .backends.choice import choose
 from .backends.embedded import EmbeddedBackend
 from .observe import Metrics, configure_logging
 from .routers import billing, openai_compatible, system
@@ -32,6 +34,9 @@ EXPOSED_HEADERS = ["Content-Disposition", "Retry-After", "X-Cache", "X-Model", "
 
 IO_THREADS = 4
 """Threads beside one encoder per generation: cache look-ups and reads."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class _App(FastAPI):
@@ -62,19 +67,29 @@ def create_app(settings: Settings | None = None, *, backend: Backend | None = No
     )
     app.state.metrics = metrics
     app.state.http_policy = _http_policy(settings)
-    app.state.tts_service = build_service(settings, backend or build_backend(settings), metrics)
+    backend, reason = (backend, "It was given.") if backend else build_backend(settings)
+    app.state.backend_reason = reason
+    app.state.tts_service = build_service(settings, backend, metrics)
     for module in (openai_compatible, billing, system):
         app.include_router(module.router)
     return app
 
 
-def build_backend(settings: Settings) -> Backend:
-    """The backend that `settings.backend` names."""
-    if settings.backend == "qwen3":
-        from .backends.qwen3_tts import Qwen3TTSBackend  # needs torch, which only this backend does
+def build_backend(settings: Settings) -> tuple[Backend, str]:
+    """The backend that the settings or the machine call for, and why it is that one."""
+    choice = choose(settings.backend, settings.model, settings.device)
+    _log.info("the %s backend speaks: %s", choice.backend, choice.reason)
+    if choice.backend == "embedded":
+        return EmbeddedBackend(workers=settings.embedded_workers), choice.reason
+    from .backends.qwen3_tts import Qwen3TTSBackend  # needs torch, which only this backend does
 
-        return Qwen3TTSBackend(model=str(settings.model), slots=settings.slots, device=settings.device)
-    return EmbeddedBackend(workers=settings.embedded_workers)
+    qwen3 = Qwen3TTSBackend(
+        models=choice.models,
+        slots=settings.slots,
+        device=choice.device,
+        unload_after_s=settings.unload_after_s,
+    )
+    return qwen3, choice.reason
 
 
 def build_ledger(settings: Settings) -> SqliteLedger:

@@ -1,16 +1,43 @@
-"""Logs with the request's id, and the metric objects. Knows nothing of HTTP or of what is measured."""
+"""Logs with the request's id, and the metric objects. Knows nothing of HTTP, and measures nothing itself."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+import time
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .domain import ModelStats
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request that the current task serves."""
+
+
+@dataclass(slots=True)
+class RequestLog:
+    """The log line of one request while it is served. `arrived` is by time.perf_counter.
+
+    Who serves the request adds to `fields`: nothing that a client wrote.
+    """
+
+    arrived: float = field(default_factory=time.perf_counter)
+    fields: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Since the arrival."""
+        return time.perf_counter() - self.arrived
+
+
+request_log: ContextVar[RequestLog] = ContextVar("request_log")
+"""Log line of the request that the current task serves; not set where nobody will write it."""
 
 # From a cache hit (a millisecond) to a queue of long texts.
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -40,6 +67,37 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+class EngineCollector(Collector):
+    """Shows counts and levels that others keep: `stats`, by model, is set anew before each scrape.
+
+    A count is shown as it is given. That it never falls, whatever is unloaded, is the owner's duty: only the owner
+    sees what an engine did after the last scrape.
+    """
+
+    def __init__(self) -> None:
+        self.stats: Mapping[str, ModelStats] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        frames = CounterMetricFamily("tts_engine_frames", "Codec frames made", labels=["model"])
+        requests = CounterMetricFamily(
+            "tts_engine_requests",
+            "Requests of the engine that have ended (segments, and the warm-up), by how",
+            labels=["model", "finish_reason"],
+        )
+        slots = GaugeMetricFamily("tts_engine_slots", "Slots in use, by state", labels=["model", "state"])
+        waiting = GaugeMetricFamily("tts_engine_waiting", "Requests of the engine without a slot", labels=["model"])
+        step = GaugeMetricFamily("tts_engine_step_seconds", "Running mean of a step's time", labels=["model"])
+        for model, stats in self.stats.items():
+            frames.add_metric([model], stats.frames)
+            for reason, count in stats.finished.items():
+                requests.add_metric([model, reason], count)
+            slots.add_metric([model, "active"], stats.active)
+            slots.add_metric([model, "paused"], stats.paused)
+            waiting.add_metric([model], stats.waiting)
+            step.add_metric([model], stats.step_seconds)
+        return frames, requests, slots, waiting, step
+
+
 class Metrics:
     """What /metrics shows. One per app, so that two apps in one process do not share counters."""
 
@@ -57,10 +115,12 @@ class Metrics:
         )
         self.first_sound = Histogram(
             "tts_first_sound_seconds",
-            "From a speech request's arrival to its first sound",
+            "From a speech request's arrival to its first encoded sound",
             ["cache"],
             buckets=_LATENCY_BUCKETS,
             registry=self.registry,
         )
         self.running = Gauge("tts_running_generations", "Generations with a permit", registry=self.registry)
         self.waiting = Gauge("tts_waiting_generations", "Generations in the queue", registry=self.registry)
+        self.engines = EngineCollector()
+        self.registry.register(self.engines)

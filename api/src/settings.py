@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 CommaSeparated = Annotated[list[str], NoDecode]
@@ -32,11 +32,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     # --- what speaks ---
-    backend: Literal["embedded", "qwen3"] = "embedded"
+    backend: Literal["auto", "embedded", "qwen3"] = "auto"
     embedded_workers: int = Field(default=2, ge=1, le=64)
-    model: Path | None = None
-    device: str = "cpu"
+    model: CommaSeparated = []
+    device: str = Field(default="auto", pattern=r"auto|cpu|cuda(:\d+)?")
     slots: int = Field(default=8, ge=1, le=256)
+    unload_after_s: float = Field(default=0.0, ge=0)
     model_aliases: Pairs = {}
 
     # --- bounds of a request ---
@@ -61,7 +62,7 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = None
     prices_file: Path | None = None
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "model", mode="before")
     @classmethod
     def _split_list(cls, value: object) -> object:
         return _items(value) if isinstance(value, str) else value
@@ -82,12 +83,6 @@ class Settings(BaseSettings):
         if not value.startswith("sqlite:///"):
             raise ValueError("must begin with sqlite:///")
         return value
-
-    @model_validator(mode="after")
-    def _qwen3_needs_a_model(self) -> Settings:
-        if self.backend == "qwen3" and self.model is None:
-            raise ValueError("TTS_BACKEND=qwen3 needs TTS_MODEL, a checkpoint's folder")
-        return self
 
     @property
     def ledger_path(self) -> Path:

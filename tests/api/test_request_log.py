@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
-import logging
-import sys
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 from urllib.parse import quote
 
 import httpx
 import pytest
 
+from tests.api.stderr import StderrLines, accesses, records, until
 from tests.api.wire import FAILS_LATE, PARTS, RawClient, speak
 from tests.conftest import Server
 from tests.fakes import FakeBackend
@@ -30,43 +25,10 @@ HOSTILE = [
 
 
 @pytest.fixture
-def stderr_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
-    """What has been written to standard error, in lines. The server logs there; start it in a fixture that comes
-    after this one, for pytest puts a stream of its own in place before the test itself."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    stderr = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    for client in ("httpx", "httpcore"):  # the tests' own, which log what they ask for
-        monkeypatch.setattr(logging.getLogger(client), "disabled", True)
-    yield lambda: stderr.getvalue().split("\n")[:-1]
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
-
-
-@pytest.fixture
-def server(stderr_lines: Any, start_server: Callable[..., Server]) -> Server:
+def server(stderr_lines: StderrLines, start_server: Callable[..., Server]) -> Server:
     return start_server(
         FakeBackend(delay_s=0.02), log_level="info", api_keys=[("alice", "alices-key")], admin_key="the-admin-key"
     )
-
-
-def records(lines: list[str]) -> list[dict[str, Any]]:
-    for line in lines:
-        assert line.isascii(), line
-        assert line.isprintable(), line
-    return [json.loads(line) for line in lines]
-
-
-def accesses(lines: list[str]) -> list[dict[str, Any]]:
-    return [record for record in records(lines) if record["logger"] == "api.access"]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """A request's line is written after its answer has been sent."""
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def hostile_answers(server: Server, text: str) -> Iterator[httpx.Response]:
@@ -92,9 +54,7 @@ def hostile_answers(server: Server, text: str) -> Iterator[httpx.Response]:
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=["a line", "escapes", "Unicode", "templates"])
-def test_nothing_that_a_client_sent_is_in_the_log(
-    server: Server, stderr_lines: Callable[[], list[str]], text: str
-) -> None:
+def test_nothing_that_a_client_sent_is_in_the_log(server: Server, stderr_lines: StderrLines, text: str) -> None:
     answers = list(hostile_answers(server, text))
     asked = {(answer.headers["x-request-id"], answer.status_code) for answer in answers}
     until(lambda: asked <= {(record["request_id"], record["status"]) for record in accesses(stderr_lines())})
@@ -105,7 +65,7 @@ def test_nothing_that_a_client_sent_is_in_the_log(
     assert {record["message"] for record in accesses(lines)} == {"request"}
 
 
-def test_a_request_leaves_its_route_and_id(server: Server, stderr_lines: Callable[[], list[str]]) -> None:
+def test_a_request_leaves_its_route_and_id(server: Server, stderr_lines: StderrLines) -> None:
     answer = server.client.get("/v1/audio/voices/alloy")
     until(lambda: accesses(stderr_lines())[-1]["route"] == "/v1/audio/voices/{voice_id}")
     record = accesses(stderr_lines())[-1]
@@ -115,9 +75,7 @@ def test_a_request_leaves_its_route_and_id(server: Server, stderr_lines: Callabl
     assert record["ms"] > 0
 
 
-def test_a_failure_is_logged_with_its_traceback_and_the_requests_id(
-    server: Server, stderr_lines: Callable[[], list[str]]
-) -> None:
+def test_a_failure_is_logged_with_its_traceback_and_the_requests_id(server: Server, stderr_lines: StderrLines) -> None:
     answer = speak(server.client, "This will FAIL.", {"Authorization": "Bearer alices-key"})
     server.wait_idle()
     errors = [record for record in records(stderr_lines()) if record["level"] == "error"]
@@ -126,7 +84,7 @@ def test_a_failure_is_logged_with_its_traceback_and_the_requests_id(
     assert errors[0]["request_id"] == answer.headers["x-request-id"]
 
 
-def test_a_hang_up_or_a_cut_answer_is_a_quiet_line(server: Server, stderr_lines: Callable[[], list[str]]) -> None:
+def test_a_hang_up_or_a_cut_answer_is_a_quiet_line(server: Server, stderr_lines: StderrLines) -> None:
     with RawClient(server.url) as client:
         client.speak("Authorization: Bearer alices-key", seed=1)
         client.read_sound(1)
@@ -150,7 +108,7 @@ def test_a_hang_up_or_a_cut_answer_is_a_quiet_line(server: Server, stderr_lines:
     ]
 
 
-def test_what_is_not_http_is_not_quoted(server: Server, stderr_lines: Callable[[], list[str]]) -> None:
+def test_what_is_not_http_is_not_quoted(server: Server, stderr_lines: StderrLines) -> None:
     with RawClient(server.url) as client:
         client.socket.sendall(f"{MARK} \x1b[31m / HTTP/9.9\r\n{MARK}\r\n\r\n".encode())
         assert client.read_to_end().startswith(b"HTTP/1.1 400")

@@ -13,12 +13,14 @@ from tests.api.wire import assert_error, speak
 from tests.conftest import Server
 from tests.fakes import FakeBackend
 
+CHOSEN = {"backend": "fake", "backend_reason": "It was given."}
+
 
 def test_alive_ready_and_version(house: Server) -> None:
     assert house.client.get("/healthz").json() == {"status": "ok"}
-    assert house.client.get("/ready").json() == {"ready": True, "phase": "ready", "reason": ""}
+    assert house.client.get("/ready").json() == {"ready": True, "phase": "ready", "reason": "", **CHOSEN}
     version = house.client.get("/version").json()
-    assert version["backend"] == "fake"
+    assert version == {"version": version["version"], **CHOSEN}
     assert version["version"][0].isdigit()
 
 
@@ -50,7 +52,7 @@ def test_not_ready_yet(start_server: Callable[..., Server]) -> None:
     server = start_server(NeverReady(ready=False))
     answer = server.client.get("/ready")
     assert answer.status_code == 503
-    assert answer.json() == {"ready": False, "phase": "loading", "reason": "still loading"}
+    assert answer.json() == {"ready": False, "phase": "loading", "reason": "still loading", **CHOSEN}
     assert answer.headers["retry-after"].isdigit()
     assert server.client.get("/healthz").status_code == 200
     assert server.client.get("/version").status_code == 200

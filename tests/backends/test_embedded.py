@@ -57,7 +57,7 @@ async def segments(texts, asked: list | None = None):
 
 
 def start(backend, voice: str, texts=TEXTS, language: str = "auto", asked: list | None = None):
-    (known,) = (known for known in backend.capabilities.voices if known.id == voice)
+    (known,) = (known for known in backend.models[0].voices if known.id == voice)
     return backend.speak(request(voice, language), known, segments(texts, asked))
 
 
@@ -140,9 +140,9 @@ async def test_a_fresh_process_gives_the_same_samples(backend):
 
 
 async def test_voices_and_languages_differ(backend):
-    digests = [await digest(backend, voice.id, ("No.",)) for voice in backend.capabilities.voices]
+    digests = [await digest(backend, voice.id, ("No.",)) for voice in backend.models[0].voices]
     assert len(set(digests)) == len(digests) == 7
-    assert set(backend.capabilities.languages) == {"english", "german", "french", "spanish", "italian"}
+    assert set(backend.models[0].languages) == {"english", "german", "french", "spanish", "italian"}
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ async def test_the_language_decides_over_the_voice(backend, voice, language, spo
 
 
 async def test_every_openai_name_means_a_voice(backend):
-    known = {voice.id for voice in backend.capabilities.voices}
-    assert set(backend.capabilities.aliases) == OPENAI_VOICES
-    assert set(backend.capabilities.aliases.values()) <= known
-    assert len({voice.fingerprint for voice in backend.capabilities.voices}) == len(known)
+    known = {voice.id for voice in backend.models[0].voices}
+    assert set(backend.models[0].aliases) == OPENAI_VOICES
+    assert set(backend.models[0].aliases.values()) <= known
+    assert len({voice.fingerprint for voice in backend.models[0].voices}) == len(known)
 
 
 async def test_chunks_are_short_and_carry_their_segment_in_order(backend):
@@ -209,7 +209,7 @@ async def test_closing_does_not_wait_for_text_to_come(backend):
         yield Segment("One.", 0, 4)
         await asyncio.Event().wait()
 
-    speech = backend.speak(request("pico-en-us"), backend.capabilities.voices[1], endless())
+    speech = backend.speak(request("pico-en-us"), backend.models[0].voices[1], endless())
     await anext(speech)
     async with asyncio.timeout(2):
         await speech.aclose()
@@ -232,7 +232,7 @@ async def test_a_failing_source_of_text_reaches_the_listener(backend):
         raise ValueError("no more text")
 
     with pytest.raises(ValueError, match="no more text"):
-        [_ async for _ in backend.speak(request("joe"), backend.capabilities.voices[0], broken())]
+        [_ async for _ in backend.speak(request("joe"), backend.models[0].voices[0], broken())]
 
 
 async def test_a_worker_killed_in_mid_sentence_is_not_heard(backend):
@@ -299,9 +299,9 @@ async def test_pico_alone_serves_every_name_and_stops_clean(installed):
     tasks, files = asyncio.all_tasks(), len(os.listdir("/dev/fd"))
     alone = EmbeddedBackend(workers=2)
     await alone.start()
-    assert set(alone.capabilities.aliases) == OPENAI_VOICES
-    assert all(value.startswith("pico-") for value in alone.capabilities.aliases.values())
-    await say(alone, alone.capabilities.aliases["onyx"])
+    assert set(alone.models[0].aliases) == OPENAI_VOICES
+    assert all(value.startswith("pico-") for value in alone.models[0].aliases.values())
+    await say(alone, alone.models[0].aliases["onyx"])
     running = start(alone, "pico-en-us")
     await anext(running)
     processes = pids(alone, "pico")
@@ -332,7 +332,7 @@ async def test_an_engine_that_does_not_start_leaves_the_other(installed, monkeyp
     half = EmbeddedBackend(workers=1)
     await half.start()
     assert half.readiness().ready
-    assert {voice.id for voice in half.capabilities.voices} == {s.id for s in embedded.SPEAKERS if s.engine == "pico"}
+    assert {voice.id for voice in half.models[0].voices} == {s.id for s in embedded.SPEAKERS if s.engine == "pico"}
     assert "piper" in caplog.text
     await half.stop()
 

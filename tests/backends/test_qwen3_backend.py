@@ -19,11 +19,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from api.src.backends import qwen3_checkpoint  # noqa: E402
-from api.src.backends.qwen3_tts import Qwen3TTSBackend, Utterance, frame_budget, mixed_seed  # noqa: E402
+from api.src.backends.qwen3_speech import Utterance, frame_budget, mixed_seed  # noqa: E402
+from api.src.backends.qwen3_tts import Qwen3TTSBackend  # noqa: E402
 from api.src.domain import Segment, SpeechRequest, Voice  # noqa: E402
 from api.src.engine.config import ModelConfig  # noqa: E402
-from api.src.engine.prompt import Prompt  # noqa: E402
-from api.src.errors import NotReady, ShuttingDown, SynthesisFailed  # noqa: E402
+from api.src.engine.loading import SpeechModel  # noqa: E402
+from api.src.engine.prompt import Prompt, PromptBuilder  # noqa: E402
+from api.src.errors import InvalidRequest, NotReady, ShuttingDown, SynthesisFailed  # noqa: E402
 from api.src.main import build_service  # noqa: E402
 from api.src.observe import Metrics  # noqa: E402
 from api.src.settings import Settings  # noqa: E402
@@ -31,13 +33,16 @@ from tests.engine.checkpoints import tiny  # noqa: E402
 from tests.speech.asking import collect  # noqa: E402
 
 FRAME = 1920
+CUSTOM = "qwen3-tts-12hz-1.7b-custom-voice"
+DESIGN = "qwen3-tts-12hz-1.7b-voice-design"
+BASE = "qwen3-tts-12hz-1.7b-base"
 TEXTS = ("Hello world.", "One two three four.", "She said she would be here by noon.")
 torch.set_num_threads(1)
 
 
 @asynccontextmanager
 async def started(kind: str = "custom_voice", slots: int = 8) -> AsyncIterator[Qwen3TTSBackend]:
-    backend = Qwen3TTSBackend(model=str(tiny(kind)), slots=slots)
+    backend = Qwen3TTSBackend(models=[str(tiny(kind))], slots=slots)
     await backend.start()
     try:
         yield backend
@@ -46,12 +51,20 @@ async def started(kind: str = "custom_voice", slots: int = 8) -> AsyncIterator[Q
         assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
 
 
+def loaded(backend: Qwen3TTSBackend) -> SpeechModel:
+    """The engine's side of the one model."""
+    (model,) = backend._models.values()
+    found = model._loaded()
+    assert found is not None
+    return found
+
+
 def request(**fields: Any) -> SpeechRequest:
-    return replace(SpeechRequest("req_1", "anonymous", "tts-1", "", "Vivian", seed=3), **fields)
+    return replace(SpeechRequest("req_1", "anonymous", CUSTOM, "", "Vivian", seed=3), **fields)
 
 
 def voice(backend: Qwen3TTSBackend, name: str = "Vivian") -> Voice:
-    return next(voice for voice in backend.capabilities.voices if voice.id == name)
+    return next(voice for voice in backend.models[0].voices if voice.id == name)
 
 
 def segments(texts: Sequence[str]) -> list[Segment]:
@@ -73,15 +86,15 @@ def joined(chunks: list[Any]) -> np.ndarray:
 
 async def idle(backend: Qwen3TTSBackend) -> None:
     async with asyncio.timeout(10):
-        while (stats := backend._model.engine.stats()).active or stats.waiting:  # noqa: ASYNC110 (a thread's doing)
+        while (stats := loaded(backend).engine.stats()).active or stats.waiting:  # noqa: ASYNC110 (a thread's doing)
             await asyncio.sleep(0.005)
 
 
 async def test_it_says_what_the_checkpoint_serves() -> None:
     async with started() as backend:
-        served = backend.capabilities
+        (served,) = backend.models
         assert backend.readiness().ready
-        assert served.models == ("qwen3-tts-12hz-1.7b-custom-voice",)
+        assert served.id == CUSTOM
         assert {v.id for v in served.voices} == {
             "Vivian", "Serena", "Uncle_Fu", "Dylan", "Eric", "Ryan", "Aiden", "Ono_Anna", "Sohee",
         }  # fmt: skip
@@ -92,7 +105,7 @@ async def test_it_says_what_the_checkpoint_serves() -> None:
         assert set(served.languages) >= {"english", "german", "chinese"}
         assert not [name for name in served.languages if "dialect" in name]
         assert {v.language for v in served.voices} <= set(served.languages)
-        assert backend.text_tokens("Hello world.") == len(backend._model.tokenizer.ids("Hello world.")) > 1
+        assert backend.text_tokens("Hello world.") == len(loaded(backend).tokenizer.ids("Hello world.")) > 1
     assert not backend.readiness().ready
     assert backend.text_tokens("Hello") is None
 
@@ -100,8 +113,8 @@ async def test_it_says_what_the_checkpoint_serves() -> None:
 def test_a_speaker_that_is_missing_is_replaced_by_the_first() -> None:
     config = ModelConfig.read(tiny("custom_voice"))
     small = replace(config, tts_model_size="0b6", talker_config=replace(config.talker_config, spk_id={"sohee": 1}))
-    served = qwen3_checkpoint.capabilities(small, "r")
-    assert served.models == ("qwen3-tts-12hz-0.6b-custom-voice",)
+    served = qwen3_checkpoint.served(small, "r")
+    assert served.id == "qwen3-tts-12hz-0.6b-custom-voice"
     assert set(served.aliases.values()) == {"Sohee"}
 
 
@@ -126,7 +139,7 @@ async def test_segments_come_in_order_and_each_is_the_engines_own_sound() -> Non
         for number, text in enumerate(TEXTS):
             own = joined([chunk for chunk in chunks if chunk.segment.start == number])
             prompt = Prompt(text, "english", "Vivian", "Speak in a calm, warm voice.")
-            model = backend._model
+            model = loaded(backend)
             asked = model.request(prompt, model.sampling(mixed_seed(3, number)), frame_budget(text))
             direct = Utterance(model, asked, segments(TEXTS)[number])
             expected = []
@@ -169,7 +182,7 @@ async def test_the_next_segment_is_spoken_while_the_last_is_consumed_but_no_more
             await anext(chunks)
             await idle(backend)  # nobody takes more, and yet both are done
             assert taken == [0, 1]
-            assert sum(backend._model.engine.stats().finished.values()) == 3  # with the warm-up
+            assert sum(loaded(backend).engine.stats().finished.values()) == 3  # with the warm-up
             rest = [chunk async for chunk in chunks]
         assert {chunk.segment.start for chunk in rest} >= {1, 2}
 
@@ -185,7 +198,7 @@ async def test_who_leaves_frees_the_slots() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await idle(backend)
-        finished = backend._model.engine.stats().finished
+        finished = loaded(backend).engine.stats().finished
         assert finished["cancelled"] >= 20
         assert finished["error"] == 0
         assert await speak(backend, TEXTS[:1])
@@ -193,19 +206,35 @@ async def test_who_leaves_frees_the_slots() -> None:
 
 async def test_a_stop_ends_what_is_spoken() -> None:
     async with started() as backend:
-        chunks = backend.speak(request(), voice(backend), stream(TEXTS))
+        known = voice(backend)
+        chunks = backend.speak(request(), known, stream(TEXTS))
         await anext(chunks)
         await backend.stop()
         with pytest.raises(ShuttingDown):
             [chunk async for chunk in chunks]
         with pytest.raises(NotReady):
-            await speak(backend, TEXTS)
+            [chunk async for chunk in backend.speak(request(), known, stream(TEXTS))]
 
 
-async def test_what_cannot_be_spoken_fails_without_quoting_it() -> None:
+async def test_instructions_that_fill_the_slot_are_the_caller_s_mistake() -> None:
     async with started() as backend:
-        with pytest.raises(SynthesisFailed) as failed:
+        with pytest.raises(InvalidRequest) as refused:
             await speak(backend, TEXTS[:1], instructions="secret " * 500)
+        assert (refused.value.status, refused.value.param) == (400, "instructions")
+        assert "secret" not in str(refused.value)
+        assert await speak(backend, TEXTS[:1])
+
+
+async def test_what_cannot_be_spoken_fails_without_quoting_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with started() as backend:
+
+        def broken(*rest: Any) -> Any:
+            raise RuntimeError("secret")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PromptBuilder, "rows", broken)
+            with pytest.raises(SynthesisFailed) as failed:
+                await speak(backend, TEXTS[:1])
         assert "secret" not in str(failed.value)
         assert await speak(backend, TEXTS[:1])
 
@@ -213,15 +242,15 @@ async def test_what_cannot_be_spoken_fails_without_quoting_it() -> None:
 async def test_a_designed_voice_goes_on_from_its_first_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     async with started("voice_design") as backend:
         prompts = []
-        build = backend._model.request
+        build = loaded(backend).request
 
         def watched(self: Any, prompt: Prompt, *rest: Any, **options: Any) -> Any:
             prompts.append(prompt)
             return build(prompt, *rest, **options)
 
-        monkeypatch.setattr(type(backend._model), "request", watched)
-        assert {v.id for v in backend.capabilities.voices} == set(backend.capabilities.aliases.values()) == {"designed"}
-        chunks = await speak(backend, TEXTS, "designed", instructions="A calm, warm voice.")
+        monkeypatch.setattr(type(loaded(backend)), "request", watched)
+        assert {v.id for v in backend.models[0].voices} == set(backend.models[0].aliases.values()) == {"designed"}
+        chunks = await speak(backend, TEXTS, "designed", model=DESIGN, instructions="A calm, warm voice.")
     first, *others = prompts
     assert first.reference is None
     spoken = sum(len(chunk.samples) for chunk in chunks if chunk.segment.start == 0) // FRAME
@@ -239,12 +268,12 @@ async def test_what_cannot_be_loaded_says_why(kind: str, tmp_path: Path) -> None
         shutil.copytree(tiny("custom_voice"), folder)
         weights = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(weights[:-100])
-    backend = Qwen3TTSBackend(model=str(folder), slots=2)
+    backend = Qwen3TTSBackend(models=[str(folder)], slots=2)
     with pytest.raises(NotReady):
         await backend.start()
     readiness = backend.readiness()
     assert (readiness.ready, readiness.phase) == (False, "failed")
-    words = {"nothing": "no checkpoint", "truncated": "truncated", "base": "only clones"}
+    words = {"nothing": "neither a folder", "truncated": "truncated", "base": "only clones"}
     assert words[kind] in readiness.reason
     await backend.stop()
 
@@ -258,12 +287,12 @@ def test_the_budget_grows_with_what_is_long_to_say() -> None:
 
 async def test_the_service_speaks_wav(tmp_path: Path) -> None:
     configured = Settings(_env_file=None, cache_dir=tmp_path, ledger_url=f"sqlite:///{tmp_path / 'ledger.db'}")
-    backend = Qwen3TTSBackend(model=str(tiny("custom_voice")), slots=4)
+    backend = Qwen3TTSBackend(models=[str(tiny("custom_voice"))], slots=4)
     service = build_service(configured, backend, Metrics())
     await service.start()
     try:
         await service.wait_ready()
-        asked = request(text=f"{TEXTS[2]} {TEXTS[1]}", voice="nova", format="wav")
+        asked = request(text=f"{TEXTS[2]} {TEXTS[1]}", model="tts-1", voice="nova", format="wav")
         answers = [await collect(service, asked) for _ in range(2)]  # made, then from the cache
         with wave.open(io.BytesIO(answers[0])) as file:
             assert (file.getframerate(), file.getnchannels()) == (24_000, 1)

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 
 from api.src.audio.encoders import open_encoder
-from api.src.domain import AudioChunk, AudioFormat, Capabilities, Voice
+from api.src.domain import AudioChunk, AudioFormat, Model, Voice
 from api.src.errors import InvalidRequest, NotFound, NotReady, ShuttingDown, SpeechError, SynthesisFailed, TimedOut
 from api.src.speech import service as service_module
 from api.src.speech.service import Qwen3TTSService
@@ -209,29 +209,29 @@ async def test_what_leaves_the_bytes_leaves_the_key(start_service: StartService,
 class Changed(TextualBackend):
     """As TextualBackend, with another word for what it can do."""
 
-    change: Callable[[Capabilities], Capabilities] = staticmethod(lambda capabilities: capabilities)
+    change: Callable[[Model], Model] = staticmethod(lambda model: model)
 
     @property
-    def capabilities(self) -> Capabilities:
-        return self.change(super().capabilities)
+    def models(self) -> list[Model]:
+        return [self.change(model) for model in super().models]
 
 
-def with_fingerprint(capabilities: Capabilities) -> Capabilities:
-    tone, *others = capabilities.voices
-    return replace(capabilities, voices=[Voice(tone.id, tone.name, tone.language, "tone-2"), *others])
+def with_fingerprint(model: Model) -> Model:
+    tone, *others = model.voices
+    return replace(model, voices=[Voice(tone.id, tone.name, tone.language, "tone-2"), *others])
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda capabilities: replace(capabilities, revision="2"),
-        lambda capabilities: replace(capabilities, models=["fake-2"]),
+        lambda model: replace(model, revision="2"),
+        lambda model: replace(model, id="fake-2"),
         with_fingerprint,
     ],
     ids=["revision", "model", "fingerprint"],
 )
 async def test_another_sound_of_the_backend_is_another_key(
-    start_service: StartService, change: Callable[[Capabilities], Capabilities]
+    start_service: StartService, change: Callable[[Model], Model]
 ) -> None:
     backend = Changed()
     service = await start_service(backend)

@@ -14,7 +14,7 @@ SECOND_NS = 10**9
 
 
 def meta(length: int = 0, voice: str = "alloy") -> EntryMeta:
-    return EntryMeta("tts-1", voice, 48_000, "ab" * 32, ((0, 3), (length, 7)), created=1.5)
+    return EntryMeta("tts-1", voice, 48_000, 25, "ab" * 32, ((0, 3), (length, 7)), created=1.5)
 
 
 def put(cache: SpeechCache, key: str, data: bytes, voice: str = "alloy") -> None:

@@ -262,11 +262,12 @@ class TestDisbelief:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            ("version", 2), ("version", True), ("version", 1.0), ("key", "cd" * 32), ("key", None), ("format", "wav"),
+            ("version", 1), ("version", 3), ("version", 2.0), ("key", "cd" * 32), ("key", None), ("format", "wav"),
             ("format", "exe"), ("format", ["mp3"]), ("length", 4), ("length", 6),
             ("length", -1), ("length", 5.0), ("length", "5"),
             ("length", 10**400), ("sha256", "0" * 64), ("sha256", "0" * 63), ("model", ""), ("model", 7),
             ("voice", "\ud800"), ("voice", "v" * 10_000), ("audio_samples", -1), ("audio_samples", False),
+            ("frames", -1), ("frames", 25.0), ("frames", None),
             ("text_digest", "text"), ("created", None), ("created", float("inf")), ("created", float("nan")),
             ("marks", {}), ("marks", [[0]]), ("marks", [[0, 1, 2]]), ("marks", [[0, "1"]]), ("marks", [[6, 1]]),
             ("marks", [[2, 1], [1, 2]]), ("marks", [[1, 2], [2, 1]]), ("extra", 1),
@@ -278,6 +279,16 @@ class TestDisbelief:
         assert document.get(name) != value or type(document[name]) is not type(value)
         record_path(tmp_path).write_text(json.dumps(document | {name: value}))
         self.expect_removed(tmp_path)
+
+    def test_a_record_of_the_first_version_is_a_miss(self, cache: SpeechCache, tmp_path: Path) -> None:
+        """It did not say how many frames there were."""
+        put(cache, KEY, b"audio")
+        document = json.loads(record_path(tmp_path).read_bytes())
+        assert document.pop("frames") == meta().frames
+        record_path(tmp_path).write_text(json.dumps(document | {"version": 1}))
+        self.expect_removed(tmp_path)
+        put(cache, KEY, b"audio")
+        assert get(cache, KEY) == b"audio"
 
     @pytest.mark.parametrize(
         "content", [b"", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe", b'{"a":' * 50_000, b" " * (2 * MIB)]

@@ -40,7 +40,9 @@ def content(key: str, nonce: int) -> tuple[bytes, EntryMeta]:
     # Few lengths, so that those of different attempts are often equal.
     data = rng.randbytes(rng.choice([1000, 1000, 20_000, 60_000]))
     digest = hashlib.sha256(f"{key} {nonce}".encode()).hexdigest()
-    return data, EntryMeta("model", str(nonce), len(data), digest, ((0, 5), (len(data), 9)), created=float(nonce))
+    return data, EntryMeta(
+        "model", str(nonce), len(data), nonce, digest, ((0, 5), (len(data), 9)), created=float(nonce)
+    )
 
 
 def write_content(writer: CacheWriter, key: str, nonce: int) -> EntryMeta:

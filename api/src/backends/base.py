@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
-from ..domain import AudioChunk, Capabilities, Readiness, Segment, SpeechRequest, Voice
+from ..domain import AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
 
 
 class Backend(Protocol):
     """Something that can speak.
 
     `start` returns once the backend has spoken a first real sound; until then `readiness` says the phase.
-    `capabilities` is meaningful after `start`.
+    `models` is meaningful after `start`.
     """
 
     name: str
 
     @property
-    def capabilities(self) -> Capabilities: ...
+    def models(self) -> Sequence[Model]:
+        """What can be asked for now, best first. A model without voices of its own only clones."""
+        ...
 
     def readiness(self) -> Readiness: ...
 
@@ -39,4 +41,11 @@ class Backend(Protocol):
 
     def text_tokens(self, text: str) -> int | None:
         """The text's length in the backend's own tokens; None where it has none."""
+        ...
+
+    def stats(self) -> Mapping[str, ModelStats]:
+        """How each model's engine fares, by native model id; empty where the backend has no engine.
+
+        Cheap, and right at any time: a model that was unloaded stays here with the counts of all its engines.
+        """
         ...

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..domain import AudioChunk, Capabilities, Readiness, Samples, Segment, SpeechRequest, Voice
+from ..domain import AudioChunk, Model, ModelStats, Readiness, Samples, Segment, SpeechRequest, Voice
 from ..errors import NotReady, SpeechError, SynthesisFailed
 from . import embedded_worker
 from .workers import WorkerPool
@@ -124,12 +124,12 @@ class EmbeddedBackend:
         self._size = workers
         self._pools: dict[EngineName, WorkerPool] = {}
         self._phase = Readiness(False, "starting")
-        self._capabilities = Capabilities((MODEL,), (), {}, (), "")
+        self._models: tuple[Model, ...] = ()
         self._speakers: dict[str, Speaker] = {}
 
     @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
+    def models(self) -> Sequence[Model]:
+        return self._models
 
     def readiness(self) -> Readiness:
         failing = [name for name, pool in self._pools.items() if pool.failing]
@@ -148,7 +148,7 @@ class EmbeddedBackend:
         engines = [name for name, works in zip(installed, started, strict=True) if works]
         if not engines:
             raise self._failed(f"None of the installed engines starts: {', '.join(installed)}. See the log.")
-        self._capabilities = _capabilities(engines)
+        self._models = (_model(engines),)
         self._speakers = {speaker.id: speaker for speaker in SPEAKERS if speaker.engine in engines}
         self._phase = Readiness(True, "ready")
 
@@ -159,6 +159,9 @@ class EmbeddedBackend:
 
     def text_tokens(self, text: str) -> int | None:
         return None
+
+    def stats(self) -> Mapping[str, ModelStats]:
+        return {}
 
     async def speak(
         self, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]
@@ -244,11 +247,11 @@ def _pool(name: EngineName, workers: int) -> WorkerPool:
     )
 
 
-def _capabilities(engines: list[EngineName]) -> Capabilities:
+def _model(engines: list[EngineName]) -> Model:
     speakers = [speaker for speaker in SPEAKERS if speaker.engine in engines]
     ids = {speaker.id for speaker in speakers}
-    return Capabilities(
-        models=(MODEL,),
+    return Model(
+        id=MODEL,
         voices=tuple(Voice(s.id, s.name, s.language, _fingerprint(s)) for s in speakers),
         aliases={alias: id_ if id_ in ids else speakers[0].id for alias, id_ in ALIASES.items()},
         languages=tuple(dict.fromkeys(speaker.language for speaker in speakers)),

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..domain import Capabilities, Voice
+from ..domain import Model, Voice
 from ..engine.config import ModelConfig
 
 SOUND_REVISION = 1
@@ -39,7 +39,6 @@ DESIGNED = "designed"
 """The one voice of a VoiceDesign checkpoint: the request's instructions describe it."""
 
 _HASHED_WHOLE = {".json", ".txt"}
-_LONGEST_HEADER = 100_000_000  # that safetensors itself accepts; a damaged file may name any length
 
 
 def model_id(config: ModelConfig) -> str:
@@ -48,38 +47,33 @@ def model_id(config: ModelConfig) -> str:
     return f"qwen3-tts-12hz-{size}-{config.tts_model_type.replace('_', '-')}"
 
 
-def capabilities(config: ModelConfig, revision: str) -> Capabilities:
+def served(config: ModelConfig, revision: str) -> Model:
     """What the checkpoint serves; no voices if it only clones."""
     voices = tuple(_voices(config, revision))
     ids = {voice.id for voice in voices}
-    return Capabilities(
-        models=(model_id(config),),
+    return Model(
+        id=model_id(config),
         voices=voices,
         aliases={alias: name if name in ids else voices[0].id for alias, name in ALIASES.items() if voices},
         languages=tuple(name for name in config.talker_config.codec_language_id if "dialect" not in name),
         revision=revision,
-        features=frozenset({"instructions", "seed"}),
     )
 
 
 def identity(folder: Path, *parts: str) -> str:
     """Changes with the checkpoint's files, with `parts` and with SOUND_REVISION.
 
-    Of weights the names, sizes and headers (every tensor's name, shape and place) count: reading gigabytes would delay
-    each start.
+    Of weights the names, sizes and times of change count: reading gigabytes would delay each start. So a copy with
+    times of its own counts as another one, which costs cache entries but never gives a wrong one.
     """
     digest = hashlib.sha256("\0".join((str(SOUND_REVISION), *parts)).encode())
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.suffix == ".safetensors":
-            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\0".encode() + _header(path))
+            stat = path.stat()
+            digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\0".encode())
         elif path.suffix in _HASHED_WHOLE:
             digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER))
 
 
 def _voices(config: ModelConfig, revision: str) -> Iterator[Voice]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import TalkerConfig, TransformerConfig
-from .errors import EngineError
+from .errors import EngineError, PromptTooLong
 from .layers import rotations
 from .sampling import Rule, Sampling, key, width
 
@@ -168,14 +168,15 @@ class Slots:
         """Refuse what `enter` could not hold: a prompt of `length` stored positions needs one more for a frame.
 
         Raises:
-            EngineError: a slot that is taken, a prompt or a text that is too long.
+            EngineError: a slot that is taken.
+            PromptTooLong: a prompt or a text that is too long.
         """
         if slot in self.streams or not 0 <= slot < self.count:
             raise EngineError(f"slot {slot} is not free")
         if length >= self.positions:
-            raise EngineError(f"a prompt of {length + 1} rows does not fit into {self.positions} positions")
+            raise PromptTooLong(f"a prompt of {length + 1} rows does not fit into {self.positions} positions")
         if text_rows > self.text_capacity:
-            raise EngineError(f"{text_rows} tokens of text to come are more than {self.text_capacity}")
+            raise PromptTooLong(f"{text_rows} tokens of text to come are more than {self.text_capacity}")
 
     def enter(self, slot: int, sampling: Sampling, length: int, last: Tensor, trailing: Tensor, pad: Tensor) -> None:
         """Take `slot` for a prompt: `length` positions are stored, `last` (H,) is the row after them.
@@ -202,7 +203,7 @@ class Slots:
         stream = self.streams[slot]
         end = stream.text_rows + rows.shape[0]
         if end > self.text_capacity:
-            raise EngineError(f"{end} tokens of text to come are more than {self.text_capacity}")
+            raise PromptTooLong(f"{end} tokens of text to come are more than {self.text_capacity}")
         self.text[slot, stream.text_rows : end] = rows
         self.text[slot, end] = pad
         self.progress[slot, 2] = end

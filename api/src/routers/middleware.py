@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import random
 import re
-import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..observe import Metrics, request_id
+from ..observe import Metrics, RequestLog, request_id, request_log
 
 _log = logging.getLogger("api.access")
 
@@ -30,7 +29,10 @@ class CollapseSlashes:
 
 
 class RequestRecord:
-    """Give each request an id, answer it as X-Request-Id, and leave one log line without client data."""
+    """Give each request an id, answer it as X-Request-Id, and leave one log line without client data.
+
+    Of speech the line says more: see Listener.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -41,8 +43,8 @@ class RequestRecord:
             await self._app(scope, receive, send)
             return
         identity = f"req_{random.getrandbits(128):032x}"  # unique, not secret: a system call would cost more
-        token = request_id.set(identity)
-        started, status = time.perf_counter(), 0
+        line, status = RequestLog(), 0
+        id_token, line_token = request_id.set(identity), request_log.set(line)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -57,12 +59,13 @@ class RequestRecord:
             status = status or 500  # answered by Starlette, outside of this
             raise
         finally:
-            self._leave_record(scope, status, time.perf_counter() - started)
-            request_id.reset(token)
+            self._leave_record(scope, status, line)
+            request_log.reset(line_token)
+            request_id.reset(id_token)
 
-    def _leave_record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _leave_record(self, scope: Scope, status: int, line: RequestLog) -> None:
         # The route's template, not the path: what a client sent stays out of logs and label values.
         route = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.requests.labels(route, status).inc()
-        fields = {"route": route, "status": status, "ms": round(seconds * 1000, 1)}
+        fields = {"route": route, "status": status, "ms": round(line.seconds * 1000, 1), **line.fields}
         _log.info("request", extra={"fields": fields})

@@ -66,7 +66,11 @@ class OpenAISpeechRequest(_RequestBody):
     response_format: AudioFormat = "mp3"
     speed: Annotated[float, Field(strict=True, ge=0.25, le=4.0, allow_inf_nan=False)] = 1.0
     instructions: Text = Field(default="", description="How to speak, for models that can be told.")
-    stream_format: Literal["audio", "sse"] = "audio"
+    stream_format: Literal["audio", "sse"] = Field(
+        "audio",
+        description="`sse`: `speech.audio.delta` events, then `speech.audio.done`. Its `usage` counts the text's "
+        "tokens in, and out the frames (80 ms) of sound that the model made for it, whatever the `speed`.",
+    )
     language: Text = Field(default="auto", description="An English name or a BCP 47 code.")
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)] = Field(
         0, description="The same request with the same seed gives the same sound."

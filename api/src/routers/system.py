@@ -22,10 +22,11 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/ready", responses={503: {"description": "Not ready: the phase and why."}})
-async def ready(service: Service) -> JSONResponse:
-    """Whether speech can be had now; 503 with phase and reason until then."""
+async def ready(request: Request, service: Service) -> JSONResponse:
+    """Whether speech can be had now; 503 with phase and reason until then. Also what speaks, and why that."""
     readiness = service.readiness()
     body = {"ready": readiness.ready, "phase": readiness.phase, "reason": readiness.reason}
+    body |= _backend(request, service)
     if readiness.ready:
         return JSONResponse(body)
     return JSONResponse(body, 503, {"Retry-After": "1"})
@@ -33,8 +34,8 @@ async def ready(service: Service) -> JSONResponse:
 
 @router.get("/version", responses={503: {"model": ErrorResponse}})
 async def version(request: Request, service: Service) -> dict[str, Any]:
-    """The server's version and the backend that speaks."""
-    return {"version": request.app.version, "backend": service.backend.name}
+    """The server's version, the backend that speaks, and why it is that one."""
+    return {"version": request.app.version, **_backend(request, service)}
 
 
 @router.get("/metrics", response_class=Response, responses={503: {"model": ErrorResponse}})
@@ -43,4 +44,9 @@ async def metrics(request: Request, service: Service) -> Response:
     shown: Metrics = request.app.state.metrics
     shown.running.set(service.admission.running)
     shown.waiting.set(service.admission.waiting)
+    shown.engines.stats = service.backend.stats()
     return Response(generate_latest(shown.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _backend(request: Request, service: Service) -> dict[str, Any]:
+    return {"backend": service.backend.name, "backend_reason": request.app.state.backend_reason}

@@ -5,11 +5,11 @@ Resolves names to what the backend serves; knows nothing of requests or sound.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..backends.base import Backend
-from ..domain import Capabilities, Voice
+from ..domain import Model, Voice
 from ..errors import InvalidRequest, NotFound, NotReady
 
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "gpt-4o-mini-tts-2025-12-15")
@@ -71,35 +71,55 @@ class ListedVoice:
 class Catalogue:
     """Resolves names against what the backend can serve now.
 
-    `model_aliases` maps OpenAI model names to native ids; a name that is absent, or whose checkpoint is not
-    loaded, means the best model loaded.
+    `model_aliases` maps OpenAI model names to native ids. With such a name, a request goes to that model if it is
+    loaded and has the voice, else to the best one that has it; a native id is taken at its word.
     """
 
     def __init__(self, backend: Backend, model_aliases: Mapping[str, str]) -> None:
         self._backend = backend
         self._model_aliases = model_aliases
 
-    @property
-    def capabilities(self) -> Capabilities:
+    def models(self) -> list[str]:
+        """Every model id that is served now: OpenAI's names, then native ids."""
+        return [*OPENAI_MODELS, *(model.id for model in self._loaded())]
+
+    def resolve(self, model: str, voice: str) -> tuple[Model, Voice]:
+        """Who answers to these two names together; InvalidRequest if either is unknown, or the pair is not served."""
+        candidates = self._candidates(model)
+        for candidate in candidates:
+            if found := _voice_of(candidate, voice):
+                return candidate, found
+        names = ", ".join(listed.id for listed in _listed(candidates)) or "none, this model only clones"
+        raise InvalidRequest(f"Unknown voice. Available: {names}.", param="voice", code="voice_not_found")
+
+    def voices(self) -> list[ListedVoice]:
+        """The models' own voices, then the aliases, named after the voice that answers."""
+        return _listed(self._loaded())
+
+    def listed_voice(self, voice_id: str) -> ListedVoice:
+        """One entry of `voices`, whatever the case; NotFound if there is none."""
+        lowered = voice_id.lower()
+        for listed in self.voices():
+            if listed.id.lower() == lowered:
+                return listed
+        raise NotFound("There is no such voice.", param="voice_id", code="voice_not_found")
+
+    def _loaded(self) -> Sequence[Model]:
         """What the backend can serve; NotReady until it can."""
         readiness = self._backend.readiness()
         if not readiness.ready:
             raise NotReady(f"The server is not ready: {readiness.reason or readiness.phase}", retry_after=2)
-        return self._backend.capabilities
+        return self._backend.models
 
-    def models(self) -> list[str]:
-        """Every model id that is served now: OpenAI's names, then native ids."""
-        return [*OPENAI_MODELS, *self.capabilities.models]
-
-    def model(self, name: str) -> str:
-        """The native id behind `name`; InvalidRequest if unknown or not loaded."""
+    def _candidates(self, name: str) -> Sequence[Model]:
+        """The models that may answer to `name`, best first."""
+        loaded = {model.id: model for model in self._loaded()}
         lowered = name.lower()
-        loaded = self.capabilities.models
         if lowered in OPENAI_MODELS:
-            alias = self._model_aliases.get(lowered, "")
-            return alias if alias in loaded else loaded[0]
+            preferred = self._model_aliases.get(lowered)
+            return sorted(loaded.values(), key=lambda model: model.id != preferred)
         if lowered in loaded:
-            return lowered
+            return [loaded[lowered]]
         if lowered in QWEN3_TTS_MODELS:
             raise InvalidRequest(
                 f"The model '{lowered}' is not loaded on this server. Loaded: {', '.join(loaded)}.",
@@ -110,43 +130,38 @@ class Catalogue:
             f"Unknown model. Available: {', '.join(self.models())}.", param="model", code="model_not_found"
         )
 
-    def voices(self) -> Iterator[ListedVoice]:
-        """The backend's own voices, then the aliases, named after the voice that answers."""
-        own = {voice.id: voice for voice in self.capabilities.voices}
-        for voice in own.values():
-            yield ListedVoice(voice.id, voice.name, voice)
-        for alias, voice_id in sorted(self.capabilities.aliases.items()):
-            yield ListedVoice(alias, f"{alias.capitalize()}: {own[voice_id].name}", own[voice_id])
 
-    def listed_voice(self, voice_id: str) -> ListedVoice:
-        """One entry of `voices`, whatever the case; NotFound if there is none."""
-        lowered = voice_id.lower()
-        for listed in self.voices():
-            if listed.id.lower() == lowered:
-                return listed
-        raise NotFound("There is no such voice.", param="voice_id", code="voice_not_found")
+def language(name: str, model: Model) -> str:
+    """The English name in lower case, or "auto", behind a name or a BCP 47 tag; InvalidRequest if `model` lacks it."""
+    lowered = name.strip().lower()
+    if lowered in ("", "auto"):
+        return "auto"
+    primary = lowered.replace("_", "-").split("-")[0]
+    found = _LANGUAGE_CODES.get(primary, lowered)
+    if found in model.languages:
+        return found
+    raise InvalidRequest(
+        f"Unsupported language. Available: auto, {', '.join(model.languages)}.",
+        param="language",
+        code="language_not_supported",
+    )
 
-    def voice(self, name: str) -> Voice:
-        """The voice behind `name` as a speech request uses it; InvalidRequest if unknown."""
-        lowered = name.lower()
-        own = {voice.id.lower(): voice for voice in self.capabilities.voices}
-        voice = own.get(lowered) or own.get(self.capabilities.aliases.get(lowered, "").lower())
-        if voice is None:
-            names = ", ".join(listed.id for listed in self.voices())
-            raise InvalidRequest(f"Unknown voice. Available: {names}.", param="voice", code="voice_not_found")
-        return voice
 
-    def language(self, name: str) -> str:
-        """The English name in lower case, or "auto", behind a name or a BCP 47 tag; else InvalidRequest."""
-        lowered = name.strip().lower()
-        if lowered in ("", "auto"):
-            return "auto"
-        primary = lowered.replace("_", "-").split("-")[0]
-        language = _LANGUAGE_CODES.get(primary, lowered)
-        if language in self.capabilities.languages:
-            return language
-        raise InvalidRequest(
-            f"Unsupported language. Available: auto, {', '.join(self.capabilities.languages)}.",
-            param="language",
-            code="language_not_supported",
-        )
+def _voice_of(model: Model, name: str) -> Voice | None:
+    lowered = name.lower()
+    own = {voice.id.lower(): voice for voice in model.voices}
+    return own.get(lowered) or own.get(model.aliases.get(lowered, "").lower())
+
+
+def _listed(models: Sequence[Model]) -> list[ListedVoice]:
+    """Of voices and aliases that several models have, the best model's."""
+    own: dict[str, ListedVoice] = {}
+    aliases: dict[str, ListedVoice] = {}
+    for model in models:
+        voices = {voice.id: voice for voice in model.voices}
+        for voice in voices.values():
+            own.setdefault(voice.id, ListedVoice(voice.id, voice.name, voice))
+        for alias, voice_id in model.aliases.items():
+            name = f"{alias.capitalize()}: {voices[voice_id].name}"
+            aliases.setdefault(alias, ListedVoice(alias, name, voices[voice_id]))
+    return [*own.values(), *(aliases[alias] for alias in sorted(aliases))]

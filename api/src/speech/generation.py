@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Protocol
 
@@ -20,7 +23,7 @@ import numpy as np
 
 from ..audio.encoders import open_encoder
 from ..backends.base import Backend
-from ..domain import SAMPLE_RATE, AudioChunk, Segment, SpeechRequest, Voice
+from ..domain import FRAME_SECONDS, SAMPLE_RATE, AudioChunk, Segment, SpeechRequest, Voice
 from ..errors import SpeechError, SynthesisFailed, TimedOut
 from ..observe import Metrics
 from ..stores.cache import CacheWriter, EntryMeta, EntryReader, SpeechCache, StoredEntry
@@ -65,6 +68,11 @@ class Source(Protocol):
     def audio_ms(self) -> int: ...
 
     @property
+    def frames(self) -> int:
+        """Codec frames of what the backend has made so far, before `speed` and encoder."""
+        ...
+
+    @property
     def length(self) -> int | None:
         """Bytes of the whole, where they are known from the start."""
         ...
@@ -95,6 +103,7 @@ class Replay:
         self._threads = threads
         self.marks = entry.meta.marks
         self.audio_ms = entry.meta.audio_ms
+        self.frames = entry.meta.frames
         self.length = entry.length
         self.in_memory = entry.data is not None
 
@@ -152,6 +161,8 @@ class Generation:
         self._done = False
         self._error: SpeechError | None = None
         self._changed = asyncio.Event()
+        self._begun = time.perf_counter()
+        self._made = Fraction()  # seconds of sound, by the backend's own rate
         self.audio_ms = 0
         self.length = None
         self.in_memory = False
@@ -161,6 +172,10 @@ class Generation:
     @property
     def marks(self) -> Sequence[Mark]:
         return self._recording.marks if self._recording else ()
+
+    @property
+    def frames(self) -> int:
+        return math.ceil(self._made / FRAME_SECONDS)
 
     def attach(self) -> None:
         self._listeners += 1
@@ -204,6 +219,7 @@ class Generation:
     async def _run(self) -> None:
         with self._permit:
             await self._permit.granted()
+            self._begun = time.perf_counter()
             await self._record()
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
@@ -215,7 +231,23 @@ class Generation:
             failure = SynthesisFailed("The speech could not be generated.")
         outcome = "completed" if failure is None else "stopped" if task.cancelled() else "failed"
         self._metrics.generations.labels(outcome).inc()
+        self._leave_record(outcome, failure)
         self._end(failure)
+
+    def _leave_record(self, outcome: str, failure: SpeechError | None) -> None:
+        """One log line; `ms` is counted from the permit on."""
+        fields: dict[str, object] = {
+            "outcome": outcome,
+            "model": self.script.request.model,
+            "segments": len(self.script.segments),
+            "audio_ms": self.audio_ms,
+            "frames": self.frames,
+            "ms": round((time.perf_counter() - self._begun) * 1000, 1),
+        }
+        if outcome == "failed" and failure is not None:
+            # Of what the model did wrong, our own words; of all else the code: a message may quote the client.
+            fields["reason"] = failure.message if isinstance(failure, SynthesisFailed) else failure.code
+        _log.info("generation", extra={"fields": fields})
 
     async def _record(self) -> None:
         """Speak into a recording; whatever happens, encoder and temp file are given back."""
@@ -234,6 +266,7 @@ class Generation:
         speech = self._backend.speak(script.request, script.voice, _stream(script.segments))
         async with aclosing(speech) as chunks:
             while (chunk := await self._next(chunks)) is not None:
+                self._made += Fraction(len(chunk.samples), chunk.sample_rate)
                 await self._take(chunk)
                 await self._room()
 
@@ -279,6 +312,7 @@ class Generation:
             model=request.model,
             voice=self.script.voice.id,
             audio_samples=self._require_recording().samples,
+            frames=self.frames,
             text_digest=hashlib.sha256(request.text.encode()).hexdigest(),
             marks=tuple(self.marks),
         )

@@ -6,16 +6,15 @@ Misses, joins and hits are all listeners; only what they listen to differs.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..domain import FRAME_SECONDS, Outcome, SpeechChunk, UsageEvent
+from ..domain import Outcome, SpeechChunk, UsageEvent
 from ..errors import ShuttingDown, SpeechError, TimedOut
-from ..observe import Metrics
+from ..observe import Metrics, RequestLog, request_log
 from ..stores.ledger import Hold, IdempotencyKey, Ledger
 from .generation import Script, Source
 from .recording import characters_heard
@@ -25,7 +24,11 @@ CacheStatus = Literal["miss", "join", "hit", "bypass"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one answer, as OpenAI's `speech.audio.done` event reports them."""
+    """Tokens of one answer, as OpenAI's `speech.audio.done` event reports them.
+
+    In: the text's, in the model's own vocabulary, or characters where it has none. Out: frames of FRAME_SECONDS of
+    what the backend made, whoever it was first made for; `speed` changes nothing.
+    """
 
     input_tokens: int
     output_tokens: int
@@ -36,6 +39,7 @@ class Listener:
 
     `start` then iterate `chunks`; `close` at any time, from any state, gives everything back in a task of
     the service (an `await` in the `finally` of a response would be cancelled again by the hang-up).
+    The request's log line gets the model, the cache status, when the first sound came, and how much there was.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class Listener:
         self._input_tokens = input_tokens
         self._timeout_s = timeout_s
         self._on_close = on_close
+        self._log = request_log.get(RequestLog())
+        self._log.fields["model"] = script.request.model
         self._stack = AsyncExitStack()
         self._source: Source | None = None
         self._hold: Hold | None = None
@@ -76,11 +82,11 @@ class Listener:
         Raises Overloaded, InsufficientBalance, InvalidRequest (a reused idempotency key), TimedOut,
         SynthesisFailed, ShuttingDown: everything that can still be answered as a proper HTTP error.
         """
-        asked_at = time.perf_counter()
         self._starting = asyncio.current_task()
         try:
             async with asyncio.timeout(self._timeout_s):
                 self._source, self.cache_status = await self._find_source(self.script)
+                self._log.fields["cache"] = self.cache_status
                 self._hold = await self._stack.enter_async_context(self._hold_price())
                 await self._source.sounding()
         except TimeoutError:
@@ -92,7 +98,7 @@ class Listener:
             self._starting = None
             if self._closed:
                 self._leave()
-        self._metrics.first_sound.labels(self.cache_status).observe(time.perf_counter() - asked_at)
+        self._note_first_sound(self._log.seconds)
 
     async def chunks(self) -> AsyncGenerator[SpeechChunk, None]:
         """The encoded bytes as they come; the price is settled before the chunk that `is_last`.
@@ -130,6 +136,11 @@ class Listener:
         return self._source.audio_ms if self._source else 0
 
     @property
+    def frames(self) -> int:
+        """Codec frames of what the backend has made of it so far; all of them once the last chunk has come."""
+        return self._source.frames if self._source else 0
+
+    @property
     def length(self) -> int | None:
         """Bytes of the whole answer where they are known from the start, as for a hit; else None."""
         return self._source.length if self._source else None
@@ -141,7 +152,7 @@ class Listener:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._input_tokens, math.ceil(self.audio_ms / 1000 / FRAME_SECONDS))
+        return Usage(self._input_tokens, self.frames)
 
     def close(self) -> None:
         """Leave; a second call does nothing."""
@@ -155,10 +166,15 @@ class Listener:
 
     def _leave(self) -> None:
         if self._source is not None:
+            self._log.fields |= {"audio_ms": self.audio_ms, "frames": self.frames}
             self._source.detach()
         if self._settling is None:
             self._spawn(self._unwind())
         self._on_close(self)
+
+    def _note_first_sound(self, seconds: float) -> None:
+        self._metrics.first_sound.labels(self.cache_status).observe(seconds)
+        self._log.fields["first_sound_ms"] = round(seconds * 1000, 1)
 
     def _require_open(self) -> None:
         """Raise ShuttingDown if the service has closed this listener under the request that waits for it."""

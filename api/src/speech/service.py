@@ -23,7 +23,7 @@ from ..stores.ledger import Ledger
 from ..stores.rates import RateCard
 from ..text.segment import segment
 from .admission import Admission
-from .catalogue import PREVIEW_TEXTS, Catalogue
+from .catalogue import PREVIEW_TEXTS, Catalogue, language
 from .generation import Generation, Replay, Script, Source
 from .listener import CacheStatus, Listener
 from .threads import Threads
@@ -184,13 +184,9 @@ class Qwen3TTSService:
                 param="input",
                 code="string_above_max_length",
             )
-        voice = self.catalogue.voice(request.voice)
-        resolved = dataclasses.replace(
-            request,
-            model=self.catalogue.model(request.model),
-            language=self.catalogue.language(request.language),
-        )
-        key = self._key(self.catalogue.capabilities.revision, voice, _sound(resolved)) if request.store else None
+        model, voice = self.catalogue.resolve(request.model, request.voice)
+        resolved = dataclasses.replace(request, model=model.id, language=language(request.language, model))
+        key = self._key(model.revision, voice, _sound(resolved)) if request.store else None
         return Script(resolved, request.model.lower(), voice, self._segments(request.text), key)
 
     def _make_key(self, revision: str, voice: Voice, request: SpeechRequest) -> str:

@@ -22,9 +22,10 @@ FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
 MAX_RECORD_BYTES = 1 << 20
 """No record is longer: ours take some hundred bytes, and about 15 for each segment of the text."""
 
-_VERSION = 1
+_VERSION = 2
+"""Version 1 did not say how many frames there were: its entries are spoken anew."""
 _FIELDS = {"version", "key", "format", "length", "sha256"}
-_META_FIELDS = {"model", "voice", "audio_samples", "text_digest", "marks", "created"}
+_META_FIELDS = {"model", "voice", "audio_samples", "frames", "text_digest", "marks", "created"}
 _DIGEST = re.compile("[0-9a-f]{64}")
 _MAX_NAME = 512
 _MAX_COUNT = 1 << 53
@@ -34,15 +35,16 @@ _MAX_COUNT = 1 << 53
 class EntryMeta:
     """What the service says of an entry.
 
-    `audio_samples` counts samples at domain.SAMPLE_RATE. `text_digest` is 64 hex digits that stand for the
-    text. `marks` are pairs (byte offset in the encoded stream at which a segment's sound begins, characters
-    of the text that are covered once the segment has been sent); neither ever falls. `created` is Unix time
-    in seconds.
+    `audio_samples` counts samples at domain.SAMPLE_RATE, `frames` the codec frames that the backend made for
+    them. `text_digest` is 64 hex digits that stand for the text. `marks` are pairs (byte offset in the encoded
+    stream at which a segment's sound begins, characters of the text that are covered once the segment has been
+    sent); neither ever falls. `created` is Unix time in seconds.
     """
 
     model: str
     voice: str
     audio_samples: int
+    frames: int
     text_digest: str
     marks: tuple[tuple[int, int], ...] = ()
     created: float = field(default_factory=time.time)
@@ -122,6 +124,7 @@ def _record(document: Any) -> CacheRecord:
             model=_name(document["model"]),
             voice=_name(document["voice"]),
             audio_samples=_count(document["audio_samples"]),
+            frames=_count(document["frames"]),
             text_digest=_digest(document["text_digest"]),
             marks=_marks(document["marks"], length),
             created=_instant(document["created"]),

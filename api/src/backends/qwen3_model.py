@@ -1,0 +1,205 @@
+"""One Qwen3-TTS checkpoint through its life: known by its files, loaded when it is wanted, unloaded when it is idle.
+
+Owns when weights and the engine's thread come and go. What is spoken with them is qwen3_speech's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import filecmp
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+
+from ..domain import ModelStats
+from ..engine.codec import CodecDecoder
+from ..engine.config import ModelConfig
+from ..engine.engine import Engine
+from ..engine.errors import EngineError
+from ..engine.loading import SpeechModel, load_model
+from ..engine.messages import Limits
+from ..errors import NotReady, SynthesisFailed
+from . import qwen3_checkpoint, qwen3_memory
+from .qwen3_speech import POSITIONS, warm_up
+
+logger = logging.getLogger(__name__)
+
+CODEC = "speech_tokenizer"
+CODEC_FILES = (".json", ".safetensors")
+STOP_S = 30.0
+
+
+class Codecs:
+    """The codec's decoders that are loaded: all published checkpoints have the same one, and share it."""
+
+    def __init__(self) -> None:
+        self._loaded: list[tuple[Path, CodecDecoder]] = []
+
+    def of(self, folder: Path) -> CodecDecoder | None:
+        """The decoder, if a checkpoint with the very same files was loaded before."""
+        return next((codec for known, codec in self._loaded if known == folder or _same_files(known, folder)), None)
+
+    def keep(self, folder: Path, codec: CodecDecoder) -> None:
+        """Remember it for the checkpoints to come."""
+        if all(codec is not known for _, known in self._loaded):
+            self._loaded.append((folder, codec))
+
+
+class Qwen3Model:
+    """A checkpoint that can be borrowed. Used on one event loop.
+
+    `unload_after_s`: seconds without a borrower after which its memory is given back; 0 for never.
+    """
+
+    def __init__(
+        self, folder: Path, *, slots: int, device: str, dtype: str, codecs: Codecs, unload_after_s: float = 0.0
+    ) -> None:
+        """Raises EngineError if the folder is no checkpoint."""
+        self.folder = folder
+        self.config = ModelConfig.read(folder)
+        self.served = qwen3_checkpoint.served(self.config, qwen3_checkpoint.identity(folder, dtype))
+        self._slots, self._device, self._dtype = slots, device, dtype
+        self._codecs, self._unload_after_s = codecs, unload_after_s
+        self._borrowers = 0
+        self._loading: asyncio.Task[SpeechModel] | None = None
+        self._unloading: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._ending: Engine | None = None
+        self._before = ModelStats()  # of engines that have ended
+
+    @asynccontextmanager
+    async def borrow(self) -> AsyncIterator[SpeechModel]:
+        """The loaded model, which stays while it is borrowed.
+
+        Raises:
+            NotReady: it cannot be loaded. The next borrower tries again.
+        """
+        self._borrowers += 1
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            yield await self._load()
+        finally:
+            self._borrowers -= 1
+            if not self._borrowers and self._unload_after_s:
+                self._timer = asyncio.get_running_loop().call_later(self._unload_after_s, self._start_unloading)
+
+    @property
+    def broken(self) -> bool:
+        """Whether it is loaded, and its engine has died."""
+        loaded = self._loaded()
+        return loaded is not None and not loaded.engine.running
+
+    def stats(self) -> ModelStats:
+        """What the engine does now, and what it and those before it have done."""
+        loaded = self._loaded()
+        total = self._before
+        for engine in (self._ending, loaded.engine if loaded else None):
+            if engine is not None:
+                total = _stats(engine).after(total)
+        return total
+
+    async def unload(self) -> None:
+        """End the engine's thread and give the memory back. Who still speaks is cut off with ShuttingDown."""
+        self._start_unloading()
+        if self._unloading is not None:
+            await asyncio.wait([self._unloading])
+
+    def _loaded(self) -> SpeechModel | None:
+        task = self._loading
+        done = task is not None and task.done() and not task.cancelled() and task.exception() is None
+        return task.result() if done and task is not None else None
+
+    async def _load(self) -> SpeechModel:
+        if self._loading is None:
+            self._loading = asyncio.create_task(self._load_and_try(), name=f"load {self.served.id}")
+        task = self._loading
+        try:
+            return await asyncio.shield(task)  # a borrower who leaves does not stop it: others may wait for it
+        except NotReady:
+            if self._loading is task:
+                self._loading = None
+            raise
+
+    async def _load_and_try(self) -> SpeechModel:
+        if self._unloading is not None:  # the memory of both at once might not be there
+            await asyncio.wait([self._unloading])
+        try:
+            model = await asyncio.to_thread(self._read)
+            model.engine.start()
+            await self._speak_once(model)
+        except (EngineError, SynthesisFailed) as error:
+            raise NotReady(str(error)) from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise NotReady(f"There is not enough memory for {self.folder.name}.") from error
+        except (OSError, RuntimeError) as error:  # a disk's, a driver's
+            raise NotReady(f"{self.folder.name} cannot be used on {self._device}: {error}") from error
+        logger.info("%s is loaded on %s", self.served.id, self._device)
+        return model
+
+    def _read(self) -> SpeechModel:
+        if qwen3_checkpoint.identity(self.folder, self._dtype) != self.served.revision:
+            raise NotReady(f"The files of {self.folder.name} have changed: the server must be started anew.")
+        dtype: torch.dtype = getattr(torch, self._dtype)
+        qwen3_memory.require(
+            self.folder, self.config, slots=self._slots, positions=POSITIONS, dtype=dtype, device=self._device
+        )
+        model = load_model(
+            self.folder,
+            slots=self._slots,
+            device=self._device,
+            dtype=dtype,
+            codec=self._codecs.of(self.folder),
+            positions=POSITIONS,
+            limits=Limits(
+                slots=self._slots,
+                codec_frames=max(64, self._slots),
+                outbox_frames=POSITIONS,  # a slow reader costs 8 MB at most, but never holds a slot
+            ),
+        )
+        self._codecs.keep(self.folder, model.codec)
+        return model
+
+    async def _speak_once(self, model: SpeechModel) -> None:
+        """What is slow the first time shall not be a listener's first sound."""
+        if not self.served.voices:
+            return
+        try:
+            await warm_up(model, self.served.voices[0])
+        except BaseException:
+            await asyncio.to_thread(model.engine.stop, STOP_S)
+            raise
+
+    def _start_unloading(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if loaded := self._loaded():
+            self._ending = loaded.engine  # its counts are still shown
+        task, self._loading = self._loading, None  # whoever borrows from now on loads anew
+        if task is not None:
+            self._unloading = asyncio.create_task(self._unload(task), name=f"unload {self.served.id}")
+
+    async def _unload(self, loading: asyncio.Task[SpeechModel]) -> None:
+        await asyncio.wait([loading])
+        if loading.cancelled() or loading.exception() is not None:
+            return
+        self._ending = engine = loading.result().engine
+        if not await asyncio.to_thread(engine.stop, STOP_S):
+            logger.error("the engine's thread did not end within %s s", STOP_S)
+        self._before, self._ending = ModelStats().after(_stats(engine).after(self._before)), None
+        logger.info("%s is unloaded", self.served.id)
+
+
+def _stats(engine: Engine) -> ModelStats:
+    now = engine.stats()
+    finished = {str(reason): count for reason, count in now.finished.items()}
+    return ModelStats(now.waiting, now.active - now.paused, now.paused, now.step_s, now.frames, finished)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = {path.name for folder in (one, other) for path in (folder / CODEC).glob("*") if path.suffix in CODEC_FILES}
+    _, different, missing = filecmp.cmpfiles(one / CODEC, other / CODEC, names, shallow=False)
+    return not (different or missing)

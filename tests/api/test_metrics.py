@@ -1,0 +1,222 @@
+"""What /metrics and the log say of a speech request and of the engines, on a real server."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from api.src.domain import ModelStats
+from tests.api.stderr import StderrLines, accesses, records, until
+from tests.api.wire import FAILS_LATE, PARTS, RawClient, speak
+from tests.conftest import Server
+from tests.fakes import FakeBackend
+
+DELAY_S = 0.2
+SMALL, LARGE = "qwen3-tts-12hz-0.6b-custom-voice", "qwen3-tts-12hz-1.7b-voice-design"
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend(delay_s=DELAY_S)
+
+
+def samples(server: Server, prefix: str) -> dict[tuple[str, ...], float]:
+    """The metrics whose names begin so: (name, label values ...) -> value."""
+    found = {}
+    for family in text_string_to_metric_families(server.client.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name.startswith(prefix):
+                found[(sample.name, *(sample.labels[name] for name in sorted(sample.labels)))] = sample.value
+    return found
+
+
+def first_sounds(server: Server) -> dict[str, tuple[float, float]]:
+    """By cache status: how many, and how many seconds together."""
+    found = samples(server, "tts_first_sound_seconds")
+    name = "tts_first_sound_seconds_count"
+    return {key[1]: (found[key], found["tts_first_sound_seconds_sum", key[1]]) for key in found if key[0] == name}
+
+
+# --- engines ---
+
+
+def test_without_an_engine_there_is_nothing_of_engines(server: Server) -> None:
+    assert samples(server, "tts_engine") == {}
+
+
+def test_each_engine_is_shown_as_it_is_now(server: Server, backend: FakeBackend) -> None:
+    backend.engines = {
+        SMALL: ModelStats(waiting=3, active=8, paused=2, step_seconds=0.05, frames=900, finished={"stop": 5}),
+        LARGE: ModelStats(finished={"stop": 0, "length": 1}),
+    }
+    assert samples(server, "tts_engine") == {
+        ("tts_engine_frames_total", SMALL): 900,
+        ("tts_engine_frames_total", LARGE): 0,
+        ("tts_engine_requests_total", "stop", SMALL): 5,
+        ("tts_engine_requests_total", "stop", LARGE): 0,
+        ("tts_engine_requests_total", "length", LARGE): 1,
+        ("tts_engine_slots", SMALL, "active"): 8,
+        ("tts_engine_slots", SMALL, "paused"): 2,
+        ("tts_engine_slots", LARGE, "active"): 0,
+        ("tts_engine_slots", LARGE, "paused"): 0,
+        ("tts_engine_waiting", SMALL): 3,
+        ("tts_engine_waiting", LARGE): 0,
+        ("tts_engine_step_seconds", SMALL): 0.05,
+        ("tts_engine_step_seconds", LARGE): 0,
+    }
+    backend.engines = {SMALL: ModelStats(frames=901, finished={"stop": 6})}
+    assert samples(server, "tts_engine_frames") == {("tts_engine_frames_total", SMALL): 901}
+    assert samples(server, "tts_engine_slots") == {
+        ("tts_engine_slots", SMALL, "active"): 0,
+        ("tts_engine_slots", SMALL, "paused"): 0,
+    }
+
+
+def test_engine_metrics_have_types_and_one_help_each(server: Server, backend: FakeBackend) -> None:
+    backend.engines = {SMALL: ModelStats(finished={"stop": 1}), LARGE: ModelStats(finished={"stop": 1})}
+    text = server.client.get("/metrics").text
+    types = {family.name: family.type for family in text_string_to_metric_families(text)}
+    assert {name: kind for name, kind in types.items() if name.startswith("tts_engine")} == {
+        "tts_engine_frames": "counter",
+        "tts_engine_requests": "counter",
+        "tts_engine_slots": "gauge",
+        "tts_engine_waiting": "gauge",
+        "tts_engine_step_seconds": "gauge",
+    }
+    assert text.count("# HELP tts_engine_") == 5
+
+
+# --- the first sound ---
+
+
+def test_the_first_sound_is_observed_once_for_each_way_to_it(server: Server) -> None:
+    statuses = []
+
+    def ask(**headers: str) -> None:
+        statuses.append(speak(server.client, headers=headers).headers["x-cache"])
+
+    miss = threading.Thread(target=ask)
+    miss.start()
+    until(lambda: server.backend.open == 1)
+    ask()
+    miss.join()
+    ask()
+    ask(**{"Cache-Control": "no-store"})
+    assert sorted(statuses) == ["bypass", "hit", "join", "miss"]
+    found = first_sounds(server)
+    assert {status: count for status, (count, _) in found.items()} == dict.fromkeys(statuses, 1)
+    assert found["miss"][1] >= DELAY_S
+    assert found["bypass"][1] >= DELAY_S
+    assert 0 < found["join"][1] < found["miss"][1]
+    assert 0 < found["hit"][1] < found["miss"][1]
+
+
+def test_the_first_sound_is_counted_from_the_arrival_of_the_request(server: Server) -> None:
+    """As the client feels it: its own slow upload included."""
+    body = b'{"input": "Hello.", "response_format": "pcm"}'
+    with RawClient(server.url) as client:
+        client.send("POST /v1/audio/speech HTTP/1.1", body[:9], length=len(body))
+        time.sleep(0.3)
+        client.socket.sendall(body[9:])
+        client.read_sound(1)
+    assert first_sounds(server)["miss"][1] > 0.2 + DELAY_S  # the arrival is seen a little after it was sent
+
+
+def test_what_never_sounds_is_not_observed(server: Server) -> None:
+    assert speak(server.client, "This will FAIL.").status_code == 500
+    assert speak(server.client, voice="nobody").status_code == 400
+    assert first_sounds(server) == {}
+
+
+# --- the log ---
+
+
+class TestLog:
+    @pytest.fixture
+    def server(self, stderr_lines: StderrLines, start_server: Callable[..., Server]) -> Server:
+        return start_server(FakeBackend(delay_s=DELAY_S), log_level="info")
+
+    def line(self, lines: StderrLines, answer: httpx.Response) -> dict[str, Any]:
+        """The one line of the request."""
+        identity = answer.headers["x-request-id"]
+        until(lambda: any(record["request_id"] == identity for record in accesses(lines())))
+        (record,) = [record for record in accesses(lines()) if record["request_id"] == identity]
+        return record
+
+    def generations(self, lines: StderrLines) -> Iterator[dict[str, Any]]:
+        for record in records(lines()):
+            if record["message"] == "generation":
+                yield record
+
+    @pytest.mark.parametrize("headers", [{}, {"Cache-Control": "no-store"}])
+    def test_speech_leaves_its_times_and_amounts(
+        self, server: Server, stderr_lines: StderrLines, headers: dict[str, str]
+    ) -> None:
+        answer = speak(server.client, PARTS[0] + PARTS[1], headers, speed=2.0, voice="NOVA", model="TTS-1")
+        record = self.line(stderr_lines, answer)
+        assert set(record) == {
+            *("time", "level", "logger", "request_id", "message", "route", "status", "ms"),
+            *("model", "cache", "first_sound_ms", "audio_ms", "frames"),
+        }
+        assert (record["model"], record["cache"]) == ("fake-1", "bypass" if headers else "miss")
+        assert record["audio_ms"] == pytest.approx(400, abs=20)
+        assert record["frames"] == 10  # 0.8 s were made, and then spoken at twice the speed
+        assert 1000 * DELAY_S <= record["first_sound_ms"] < record["ms"]
+        assert record["ms"] >= 2 * 1000 * DELAY_S
+
+    def test_a_hit_leaves_the_same_amounts(self, server: Server, stderr_lines: StderrLines) -> None:
+        speak(server.client, speed=2.0)
+        record = self.line(stderr_lines, speak(server.client, speed=2.0))
+        assert (record["cache"], record["frames"]) == ("hit", 5)
+        assert record["audio_ms"] == pytest.approx(200, abs=20)
+        assert 0 < record["first_sound_ms"] <= record["ms"]
+
+    def test_a_refusal_leaves_nothing_of_sound(self, server: Server, stderr_lines: StderrLines) -> None:
+        record = self.line(stderr_lines, speak(server.client, voice="nobody"))
+        assert not {"model", "cache", "first_sound_ms", "audio_ms", "frames"} & set(record)
+        failed = self.line(stderr_lines, speak(server.client, "This will FAIL."))
+        assert (failed["status"], failed["cache"], failed["frames"]) == (500, "miss", 0)
+        assert "first_sound_ms" not in failed
+
+    def test_a_hang_up_leaves_what_was_made_until_then(self, server: Server, stderr_lines: StderrLines) -> None:
+        with RawClient(server.url) as client:
+            client.speak(response_format="pcm")
+            client.read_sound(1)
+        server.wait_idle()
+        until(lambda: len([record for record in accesses(stderr_lines()) if "frames" in record]) == 1)
+        (record,) = [record for record in accesses(stderr_lines()) if "frames" in record]
+        made = len(server.backend.segments)
+        assert 0 < made < len(PARTS)
+        assert (record["audio_ms"], record["frames"]) == (400 * made, 5 * made)
+
+    def test_a_server_that_stops_writes_it_to_the_right_line(self, server: Server, stderr_lines: StderrLines) -> None:
+        """The listener is closed by another task then."""
+        with RawClient(server.url) as client:
+            client.speak(response_format="pcm")
+            client.read_sound(1)
+            server.loop.call_soon_threadsafe(server.service._cut)
+            until(lambda: len(accesses(stderr_lines())) >= 2)
+        (record,) = [record for record in accesses(stderr_lines()) if record["route"] == "/v1/audio/speech"]
+        assert record["frames"] > 0
+
+    def test_each_generation_leaves_one_line(self, server: Server, stderr_lines: StderrLines) -> None:
+        answer = speak(server.client, PARTS[0] + PARTS[1], speed=2.0)
+        speak(server.client, PARTS[0] + PARTS[1], speed=2.0)
+        with pytest.raises(httpx.RemoteProtocolError):
+            speak(server.client, FAILS_LATE)
+        server.wait_idle()
+        whole, broken = self.generations(stderr_lines)
+        assert whole["request_id"] == answer.headers["x-request-id"]
+        assert (whole["outcome"], whole["model"], whole["segments"]) == ("completed", "fake-1", 2)
+        assert whole["audio_ms"] == pytest.approx(400, abs=20)
+        assert whole["frames"] == 10
+        assert whole["ms"] >= 2 * 1000 * DELAY_S
+        assert "reason" not in whole
+        assert (broken["outcome"], broken["frames"]) == ("failed", 5)
+        assert broken["reason"] == "The speech could not be generated."
