@@ -4,15 +4,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Qwen3-TTS is installed where it is asked for (here, in the environment or in .env), or where it will be chosen: with a GPU.
+ASKED := $(or $(TTS_BACKEND),$(shell sed -n 's/^TTS_BACKEND=//p' .env 2>/dev/null | tail -n 1),auto)
+GPU   := $(if $(filter auto,$(ASKED)),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
+SERVE := $(if $(or $(filter qwen3,$(ASKED)),$(GPU)),.qwen3,.serve)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-qwen3 serve test check format bench clean
+.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-cpu bench-simulate clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 setup: $(VENV)/.serve ## install what the server needs
 setup-qwen3: $(VENV)/.qwen3 ## add torch and what the engine needs
-serve: $(VENV)/$(if $(filter qwen3,$(TTS_BACKEND)),.qwen3,.serve) ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
+serve: $(VENV)/$(SERVE) ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
 	@exec $(BIN)/qwen3-tts serve
 
 test: $(VENV)/.test ## run every test
@@ -30,6 +35,15 @@ format: $(VENV)/.dev ## format the code
 
 bench: $(VENV)/.test ## measure the running server against itself and a bare file server
 	$(BIN)/python -m tests.bench.server
+
+bench-server: $(VENV)/.test ## measure speech over HTTP under load (make bench-server ARGS="--model FOLDER")
+	$(BIN)/python -m tests.bench.tts_load $(ARGS)
+
+bench-cpu: $(VENV)/.test .venv-official/.installed ## measure the engine on the CPU beside the official package
+	$(BIN)/python -m tests.bench.cpu --official .venv-official/bin/python $(ARGS)
+
+bench-simulate: $(VENV)/.test ## simulate the scheduler under load, with estimated or measured (--costs FILE) step costs
+	$(BIN)/python -m tests.bench.simulate $(ARGS)
 
 clean: ## remove what was installed and cached
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
@@ -49,4 +63,11 @@ $(VENV)/.test: $(VENV)/.qwen3
 
 $(VENV)/.dev: $(VENV)/.test
 	$(PIP) -e ".[pico,piper,qwen3,test,dev]"
+	@touch $@
+
+# qwen-tts pins its dependencies, so it has an environment of its own; torch comes first, as the engine has it
+.venv-official/.installed:
+	$(PYTHON) -m venv .venv-official
+	.venv-official/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-official/bin/python -m pip install --quiet --disable-pip-version-check qwen-tts==0.1.1
 	@touch $@

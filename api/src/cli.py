@@ -10,14 +10,17 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 from pydantic import ValidationError
 
+from .backends.choice import GPU_MODEL
+from .cli_codes import add_codes
 from .domain import MEDIA_TYPES, SpeechRequest
-from .errors import InvalidRequest, SpeechError
+from .errors import InvalidRequest, NotReady, SpeechError
 from .main import build_backend, build_ledger, build_service, create_app
 from .observe import Metrics, configure_logging
 from .settings import Settings
@@ -54,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     say.add_argument("--language", default="auto")
     say.add_argument("--speed", type=float, default=1.0)
     say.set_defaults(run=_say)
+    download = commands.add_parser("download", help="fetch a Qwen3-TTS checkpoint from the hub")
+    download.add_argument("model", nargs="*", help=f"as in TTS_MODEL; default: that, else {GPU_MODEL}")
+    download.set_defaults(run=_download)
     credit = commands.add_parser("credit", help="add micro-units to an account's wallet")
     credit.add_argument("account")
     credit.add_argument("micros", type=int)
@@ -61,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     credit.set_defaults(run=_credit)
     check = commands.add_parser("check-ledger", help="prove that every balance equals the sum of its entries")
     check.set_defaults(run=_check_ledger)
+    add_codes(commands)
     return parser
 
 
@@ -128,7 +135,8 @@ def _say(settings: Settings, options: argparse.Namespace) -> int:
 
 
 async def _speak(settings: Settings, request: SpeechRequest, output: Path) -> None:
-    service = build_service(settings, build_backend(settings), Metrics())
+    backend, _ = build_backend(settings)
+    service = build_service(settings, backend, Metrics())
     await service.start()
     try:
         await service.wait_ready()
@@ -136,6 +144,16 @@ async def _speak(settings: Settings, request: SpeechRequest, output: Path) -> No
         await asyncio.to_thread(output.write_bytes, audio)
     finally:
         await service.close()
+
+
+def _download(settings: Settings, options: argparse.Namespace) -> int:
+    if find_spec("huggingface_hub") is None:
+        raise NotReady("Downloads need huggingface_hub: make setup-qwen3 installs it.")
+    from .backends import qwen3_hub  # needs the extra
+
+    for name in options.model or settings.model or [GPU_MODEL]:
+        print(qwen3_hub.download(name) if qwen3_hub.is_hub_id(name) else qwen3_hub.find(name))
+    return 0
 
 
 def _credit(settings: Settings, options: argparse.Namespace) -> int:
@@ -160,3 +178,7 @@ async def _with_ledger(settings: Settings, work: Callable[[SqliteLedger], Corout
         return await work(ledger)
     finally:
         await ledger.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -171,9 +171,11 @@ class ModelStats:
     step_seconds: float = 0.0
     frames: int = 0
     finished: Mapping[str, int] = field(default_factory=dict)
+    uncaptured: int = 0
 
     def after(self, earlier: ModelStats) -> ModelStats:
         """These figures, with the counts of an engine that ran before and is gone."""
         reasons = {**earlier.finished, **self.finished}
         finished = {reason: earlier.finished.get(reason, 0) + self.finished.get(reason, 0) for reason in reasons}
-        return replace(self, frames=earlier.frames + self.frames, finished=finished)
+        uncaptured = earlier.uncaptured + self.uncaptured
+        return replace(self, frames=earlier.frames + self.frames, finished=finished, uncaptured=uncaptured)

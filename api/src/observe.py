@@ -84,6 +84,11 @@ class EngineCollector(Collector):
             "Requests of the engine that have ended (segments, and the warm-up), by how",
             labels=["model", "finish_reason"],
         )
+        uncaptured = CounterMetricFamily(
+            "tts_engine_uncaptured_steps",
+            "Steps on a GPU that no captured graph fitted: always 0 in a sound server",
+            labels=["model"],
+        )
         slots = GaugeMetricFamily("tts_engine_slots", "Slots in use, by state", labels=["model", "state"])
         waiting = GaugeMetricFamily("tts_engine_waiting", "Requests of the engine without a slot", labels=["model"])
         step = GaugeMetricFamily("tts_engine_step_seconds", "Running mean of a step's time", labels=["model"])
@@ -91,11 +96,12 @@ class EngineCollector(Collector):
             frames.add_metric([model], stats.frames)
             for reason, count in stats.finished.items():
                 requests.add_metric([model, reason], count)
+            uncaptured.add_metric([model], stats.uncaptured)
             slots.add_metric([model, "active"], stats.active)
             slots.add_metric([model, "paused"], stats.paused)
             waiting.add_metric([model], stats.waiting)
             step.add_metric([model], stats.step_seconds)
-        return frames, requests, slots, waiting, step
+        return frames, requests, uncaptured, slots, waiting, step
 
 
 class Metrics:

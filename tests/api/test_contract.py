@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.api.wire import FORMATS, OPENAI_MODELS, PARTS, STORY, RawClient, decoded, events, pitch, speak, usage
+from tests.api.wire import FORMATS, OPENAI_MODELS, PARTS, STORY, RawClient, events, pitch, speak, usage
 from tests.conftest import Server
+from tests.decoding import decoded
 from tests.fakes import FakeBackend
 
 MEDIA_TYPES = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.api.wire import OPENAI_MODELS, assert_error, decoded
+from tests.api.wire import OPENAI_MODELS, assert_error
 from tests.conftest import Server
+from tests.decoding import decoded
 from tests.fakes import OPENAI_VOICES
 
 ROUTES = {

@@ -52,7 +52,9 @@ def test_without_an_engine_there_is_nothing_of_engines(server: Server) -> None:
 
 def test_each_engine_is_shown_as_it_is_now(server: Server, backend: FakeBackend) -> None:
     backend.engines = {
-        SMALL: ModelStats(waiting=3, active=8, paused=2, step_seconds=0.05, frames=900, finished={"stop": 5}),
+        SMALL: ModelStats(
+            waiting=3, active=8, paused=2, step_seconds=0.05, frames=900, finished={"stop": 5}, uncaptured=4
+        ),
         LARGE: ModelStats(finished={"stop": 0, "length": 1}),
     }
     assert samples(server, "tts_engine") == {
@@ -61,6 +63,8 @@ def test_each_engine_is_shown_as_it_is_now(server: Server, backend: FakeBackend)
         ("tts_engine_requests_total", "stop", SMALL): 5,
         ("tts_engine_requests_total", "stop", LARGE): 0,
         ("tts_engine_requests_total", "length", LARGE): 1,
+        ("tts_engine_uncaptured_steps_total", SMALL): 4,
+        ("tts_engine_uncaptured_steps_total", LARGE): 0,
         ("tts_engine_slots", SMALL, "active"): 8,
         ("tts_engine_slots", SMALL, "paused"): 2,
         ("tts_engine_slots", LARGE, "active"): 0,
@@ -85,11 +89,12 @@ def test_engine_metrics_have_types_and_one_help_each(server: Server, backend: Fa
     assert {name: kind for name, kind in types.items() if name.startswith("tts_engine")} == {
         "tts_engine_frames": "counter",
         "tts_engine_requests": "counter",
+        "tts_engine_uncaptured_steps": "counter",
         "tts_engine_slots": "gauge",
         "tts_engine_waiting": "gauge",
         "tts_engine_step_seconds": "gauge",
     }
-    assert text.count("# HELP tts_engine_") == 5
+    assert text.count("# HELP tts_engine_") == 6
 
 
 # --- the first sound ---

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.api.wire import FAILS_LATE, STORY, decoded, events
+from tests.api.wire import FAILS_LATE, STORY, events
 from tests.conftest import run_server
+from tests.decoding import decoded
 from tests.fakes import FakeBackend
 
 NODE = Path(__file__).parent / "node"

@@ -14,8 +14,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.api.wire import FAILS_LATE, FORMATS, PARTS, STORY, decoded, events
+from tests.api.wire import FAILS_LATE, FORMATS, PARTS, STORY, events
 from tests.conftest import Server
+from tests.decoding import decoded
 from tests.fakes import OPENAI_VOICES, FakeBackend
 
 SPEECH = {"model": "gpt-4o-mini-tts", "voice": "coral", "input": STORY}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import socket
 from collections.abc import Mapping
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
-import av
 import httpx
 import numpy as np
 
@@ -63,17 +61,6 @@ def assert_error(answer: httpx.Response, status: int, *, code: str | None = None
         assert error["code"] == code
     message: str = error["message"]
     return message
-
-
-def decoded(format: AudioFormat, data: bytes) -> Samples:
-    """The one audio stream in `data` as mono samples at SAMPLE_RATE."""
-    if format == "pcm":
-        return np.frombuffer(data, "<i2").astype(np.float32) / 32768
-    resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
-    with av.open(io.BytesIO(data)) as container:
-        assert len(container.streams) == 1
-        frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
-    return np.concatenate([frame.to_ndarray()[0] for frame in [*frames, *resampler.resample(None)]])
 
 
 def pitch(samples: Samples) -> float:

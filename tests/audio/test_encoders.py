@@ -20,6 +20,7 @@ from api.src.audio import encoders
 from api.src.audio.encoders import ENCODER_REVISION, MEDIA_TYPES, open_encoder
 from api.src.domain import SAMPLE_RATE, AudioChunk, AudioFormat, Samples, Segment
 from api.src.errors import InvalidRequest
+from tests.decoding import decoded
 
 FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
 FRAME = 1920  # samples of one chunk, 80 ms
@@ -46,17 +47,6 @@ def encoded(format: AudioFormat, parts: list[AudioChunk], speed: float = 1.0) ->
     """The header, the bytes of each chunk and those of the end."""
     with open_encoder(format, speed) as encoder:
         return [encoder.header, *(encoder.encode(part) for part in parts), encoder.finish()]
-
-
-def decoded(format: AudioFormat, data: bytes) -> Samples:
-    """The whole file's samples at 24 kHz, by ffmpeg; raises if it is not exactly one audio stream."""
-    if format == "pcm":
-        return np.frombuffer(data, "<i2").astype(np.float32) / 32768
-    resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
-    with av.open(io.BytesIO(data)) as container:
-        assert len(container.streams) == 1
-        frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
-    return np.concatenate([frame.to_ndarray()[0] for frame in [*frames, *resampler.resample(None)]])
 
 
 def delay_and_likeness(original: Samples, sound: Samples) -> tuple[int, float]:

@@ -44,7 +44,14 @@ def test_the_usage_is_what_the_engine_counts(start_server: Callable[..., Server]
     backend = Qwen3TTSBackend(models=[str(tiny("custom_voice"))], slots=2)
     server = start_server(backend)
     before = engine(server)
-    assert set(before) == {"frames_total", "requests_total", "slots", "waiting", "step_seconds"}
+    assert set(before) == {
+        "frames_total",
+        "requests_total",
+        "slots",
+        "waiting",
+        "step_seconds",
+        "uncaptured_steps_total",
+    }
     assert set(before["requests_total"]) == set(FINISH_REASONS)
     status, tokens, frames = ask(server, speed=2.0, seed=7)
     after = engine(server)

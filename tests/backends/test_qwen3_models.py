@@ -213,4 +213,4 @@ def test_the_estimate_covers_what_is_allocated() -> None:
         folder, config, slots=backend_slots, positions=1024, dtype=torch.float32, device="cpu"
     )
     model = qwen3_model.load_model(folder, slots=backend_slots, positions=1024)
-    assert model.arena_bytes < needed - qwen3_memory.WORKING_BYTES + 10_000_000
+    assert model.steps.nbytes < needed - qwen3_memory.WORKING_BYTES + 10_000_000

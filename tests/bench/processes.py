@@ -48,9 +48,15 @@ class ServerProcess:
 
 @contextmanager
 def running(
-    command: Sequence[str], port: int, log: Path, *, environment: Mapping[str, str] | None = None, ready: str = "/"
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    ready: str = "/",
+    start_s: float = _START_S,
 ) -> Iterator[ServerProcess]:
-    """Run `command` until the context is left; entered once GET `ready` is answered by 200.
+    """Run `command` until the context is left; entered once GET `ready` is answered by 200, within `start_s`.
 
     Its output goes to the file `log`: what a server writes is part of what it costs.
     """
@@ -65,7 +71,7 @@ def running(
         )
         try:
             server = ServerProcess(process, port)
-            _wait_until_ready(server, ready, log)
+            _wait_until_ready(server, ready, log, start_s)
             server.ready_s = time.perf_counter() - started
             yield server
         finally:
@@ -79,8 +85,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(server: ServerProcess, path: str, log: Path) -> None:
-    deadline = time.monotonic() + _START_S
+def _wait_until_ready(server: ServerProcess, path: str, log: Path, start_s: float) -> None:
+    deadline = time.monotonic() + start_s
     while _status(server.port, path) != 200:
         if server.process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"the server did not become ready:\n{log.read_text()[-3000:]}")

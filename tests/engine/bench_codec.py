@@ -21,8 +21,9 @@ from api.src.engine.codec_layers import Tensors
 from api.src.engine.config import CodecDecoderConfig
 from api.src.engine.linear import settle
 from api.src.engine.weights import Checkpoint
+from tests.bench.random_checkpoint import codec_config
 
-PUBLISHED = {"hidden_size": 512, "intermediate_size": 1024, "codebook_dim": 512, "latent_dim": 1024, "head_dim": 64}
+PUBLISHED = codec_config()["decoder_config"]
 
 
 class RandomTensors(Tensors):

@@ -1,88 +1,54 @@
 """Milliseconds per frame of the language model at real size, with random weights, beside the bound that memory sets.
 
-python -m tests.engine.bench_frames [--size 0b6|1b7] [--threads 1] [--rows 1 8] [--frames 8] [--dtype D] [--profile]
+python -m tests.engine.bench_frames [--size 0.6b|1.7b] [--folder DIR] [--threads 1] [--rows 1 8] [--profile]
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
-from api.src.engine.config import ModelConfig, PredictorConfig, TalkerConfig
 from api.src.engine.language_model import LanguageModel
 from api.src.engine.linear import HalfProduct, Linear
 from api.src.engine.prompt import PromptRows
 from api.src.engine.sampling import Sampling
 from api.src.engine.talker import Talker
-from api.src.engine.weights import empty
-
-WIDTHS = {"0b6": (1024, 3072), "1b7": (2048, 6144)}
+from tests.bench.random_checkpoint import SIZES, build
 
 
-def real_config(size: str) -> ModelConfig:
-    """The published shapes, with the published ids."""
-    hidden, intermediate = WIDTHS[size]
-    shape = {"num_key_value_heads": 8, "num_attention_heads": 16, "head_dim": 128, "num_code_groups": 16}
-    talker = TalkerConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=28,
-        rope_theta=1e6,
-        text_vocab_size=151_936,
-        codec_pad_id=2148,
-        codec_bos_id=2149,
-        codec_eos_token_id=2150,
-        codec_think_id=2154,
-        codec_nothink_id=2155,
-        codec_think_bos_id=2156,
-        codec_think_eos_id=2157,
-        code_predictor_config=PredictorConfig(rope_theta=1e6, **shape),
-        **shape,
-    )
-    return ModelConfig(talker_config=talker, tts_model_type="custom_voice", tts_model_size=size)
-
-
-def random_model(config: ModelConfig, dtype: torch.dtype) -> tuple[LanguageModel, dict[str, int]]:
-    """N(0, .02) weights, norms 1; the end of speech has logit 0, which top-k never picks. Also each map's size."""
-
-    def build() -> Talker:
-        talker = Talker(config.talker_config).to(dtype)
-        talker.model.text_embedding.to(torch.bfloat16)
-        return talker
-
-    talker = empty(build)
-    for name, weight in talker.named_parameters():
-        if "norm" in name:
-            weight.fill_(1)
-        elif "text_embedding" in name:
-            weight.zero_()  # never read here: prompts are random rows
-        else:
-            weight.normal_(std=0.02)
-            weight.copy_(weight.bfloat16())  # published weights are bf16
-    talker.codec_head.weight[config.talker_config.codec_eos_token_id] = 0
-    sizes = {name: part.weight.numel() for name, part in talker.named_modules() if isinstance(part, Linear)}
-    return LanguageModel(config, talker), sizes
-
-
-def bytes_per_frame(model: LanguageModel, sizes: dict[str, int]) -> int:
-    """Weights that one frame reads: the talker's stack and head once, the code predictor's 15 times, a head each."""
-    total = 0
+def reads_per_frame(model: LanguageModel) -> tuple[int, int]:
+    """Bytes and number of the weights that a frame reads: the talker's once, the predictor's 15 times, a head each."""
+    with torch.device("meta"):
+        sizes = {
+            name: part.weight.numel()
+            for name, part in Talker(model.config.talker_config).named_modules()
+            if isinstance(part, Linear)
+        }
+    total = count = 0
     for name, part in model.talker.named_modules():
         if isinstance(part, Linear) and "text_projection" not in name:
             repeated = "code_predictor.model" in name
             passes = model.config.talker_config.num_code_groups - 1 if repeated else 1
             width = 2 if isinstance(part._product, HalfProduct) else model.weight.element_size()
+            count += sizes[name] * passes
             total += sizes[name] * passes * width
-    return total
+    return total, count
 
 
-def read_speed(dtype: torch.dtype) -> float:
+def read_speed(dtype: torch.dtype = torch.float32) -> float:
     """Bytes per second of a plain sum over 400 MB, the best of 5."""
     block = torch.ones(400_000_000 // dtype.itemsize, dtype=dtype)
-    times = [_timed(block.sum) for _ in range(5)]
-    return block.nbytes / min(times)
+    return block.nbytes / min(_timed(block.sum) for _ in range(5))
+
+
+def multiply_speed(dtype: torch.dtype = torch.float32) -> float:
+    """Floating point operations per second of a square product, the best of 10."""
+    block = torch.randn(1024, 1024).to(dtype)
+    return 2 * 1024**3 / min(_timed(lambda: block @ block) for _ in range(10))
 
 
 def measure(model: LanguageModel, rows: int, frames: int) -> list[tuple[float, float]]:
@@ -114,7 +80,8 @@ def _timed_twice(action) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="0b6", choices=list(WIDTHS))
+    parser.add_argument("--size", default="0.6b", choices=list(SIZES))
+    parser.add_argument("--folder", type=Path, help="of a checkpoint of random_checkpoint, made if it is not there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--frames", type=int, default=8)
@@ -123,8 +90,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    model, sizes = random_model(real_config(args.size), dtype)
-    speed, amount = read_speed(dtype), bytes_per_frame(model, sizes)
+    folder = args.folder or Path(tempfile.gettempdir()) / f"random-{args.size}"
+    model = LanguageModel.load(build(folder, args.size), dtype)
+    speed, amount = read_speed(dtype), reads_per_frame(model)[0]
     print(
         f"{args.size} {args.dtype} {args.threads} threads: {amount / 1e6:.0f} MB a frame, {speed / 1e9:.1f} GB/s",
         end="",

@@ -20,8 +20,6 @@ from tests.engine.checkpoints import DATA, VARIANTS, reference, tiny, variant
 GREEDY = Sampling(do_sample=False, subtalker_dosample=False)
 POSITIONS = 160
 
-torch.set_num_threads(1)  # tensors this small are slower on several
-
 
 @dataclass
 class Stream:

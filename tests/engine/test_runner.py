@@ -218,7 +218,7 @@ def test_random_cancellations_lose_no_slot() -> None:
 
 def test_arenas_are_known_before_anything_speaks() -> None:
     with speaking("custom_voice", slots=2) as small, speaking("custom_voice", slots=4) as large:
-        before = small.arena_bytes
+        before = small.steps.nbytes
         answers(small, [CASES["custom_0_stream"].prompt])
-        assert small.engine._stepper._runner.nbytes == before
-        assert large.arena_bytes == 2 * before
+        assert small.steps.nbytes == before
+        assert large.steps.nbytes == 2 * before

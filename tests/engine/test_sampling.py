@@ -209,6 +209,15 @@ def test_what_no_distribution_can_be_made_of_is_refused(wrong):
 
 def test_the_default_is_the_checkpoints():
     assert Sampling.default(ModelConfig.read(tiny("base")).generation, seed=4) == Sampling(seed=4)
-    assert Sampling.default(GenerationConfig(top_k=7, subtalker_dosample=False)) == Sampling(
-        top_k=7, subtalker_dosample=False
-    )
+    other = {
+        "do_sample": False,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.6,
+        "repetition_penalty": 1.5,
+        "subtalker_dosample": False,
+        "subtalker_temperature": 0.8,
+        "subtalker_top_k": 9,
+        "subtalker_top_p": 0.7,
+    }
+    assert Sampling.default(GenerationConfig(**other)) == Sampling(**other)

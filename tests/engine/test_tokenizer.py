@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.src.engine.errors import CheckpointError
+from api.src.engine.errors import CheckpointError, EngineError
 from api.src.engine.tokenizer import TextTokenizer
 from tests.engine.checkpoints import TINY
 from tests.engine.streams import golden
@@ -67,6 +67,12 @@ def test_ids_are_those_of_transformers(tokenizers, peer, text):
     expected = peer(text, add_special_tokens=False)["input_ids"]
     for tokenizer in tokenizers:
         assert tokenizer.ids(text) == expected
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizers):
+    for tokenizer in tokenizers:
+        with pytest.raises(EngineError, match="surrogate"):
+            tokenizer.ids("One \ud83d two")
 
 
 def test_text_is_split_where_qwen2_splits_it(tokenizers):

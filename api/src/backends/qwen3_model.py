@@ -17,7 +17,6 @@ import torch
 from ..domain import ModelStats
 from ..engine.codec import CodecDecoder
 from ..engine.config import ModelConfig
-from ..engine.engine import Engine
 from ..engine.errors import EngineError
 from ..engine.loading import SpeechModel, load_model
 from ..engine.messages import Limits
@@ -67,7 +66,7 @@ class Qwen3Model:
         self._loading: asyncio.Task[SpeechModel] | None = None
         self._unloading: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._ending: Engine | None = None
+        self._ending: SpeechModel | None = None
         self._before = ModelStats()  # of engines that have ended
 
     @asynccontextmanager
@@ -97,9 +96,9 @@ class Qwen3Model:
         """What the engine does now, and what it and those before it have done."""
         loaded = self._loaded()
         total = self._before
-        for engine in (self._ending, loaded.engine if loaded else None):
-            if engine is not None:
-                total = _stats(engine).after(total)
+        for model in (self._ending, loaded):
+            if model is not None:
+                total = _stats(model).after(total)
         return total
 
     async def unload(self) -> None:
@@ -137,7 +136,8 @@ class Qwen3Model:
             raise NotReady(f"There is not enough memory for {self.folder.name}.") from error
         except (OSError, RuntimeError) as error:  # a disk's, a driver's
             raise NotReady(f"{self.folder.name} cannot be used on {self._device}: {error}") from error
-        logger.info("%s is loaded on %s", self.served.id, self._device)
+        slots = f"{self._slots} slots of {model.steps.nbytes / self._slots / 1e6:.0f} MB"
+        logger.info("%s is loaded on %s: %s, %s", self.served.id, self._device, slots, model.steps.describe())
         return model
 
     def _read(self) -> SpeechModel:
@@ -177,7 +177,7 @@ class Qwen3Model:
         if self._timer is not None:
             self._timer.cancel()
         if loaded := self._loaded():
-            self._ending = loaded.engine  # its counts are still shown
+            self._ending = loaded  # its counts are still shown
         task, self._loading = self._loading, None  # whoever borrows from now on loads anew
         if task is not None:
             self._unloading = asyncio.create_task(self._unload(task), name=f"unload {self.served.id}")
@@ -186,17 +186,24 @@ class Qwen3Model:
         await asyncio.wait([loading])
         if loading.cancelled() or loading.exception() is not None:
             return
-        self._ending = engine = loading.result().engine
-        if not await asyncio.to_thread(engine.stop, STOP_S):
+        self._ending = model = loading.result()
+        if not await asyncio.to_thread(model.engine.stop, STOP_S):
             logger.error("the engine's thread did not end within %s s", STOP_S)
-        self._before, self._ending = ModelStats().after(_stats(engine).after(self._before)), None
+        self._before, self._ending = ModelStats().after(_stats(model).after(self._before)), None
         logger.info("%s is unloaded", self.served.id)
 
 
-def _stats(engine: Engine) -> ModelStats:
-    now = engine.stats()
-    finished = {str(reason): count for reason, count in now.finished.items()}
-    return ModelStats(now.waiting, now.active - now.paused, now.paused, now.step_s, now.frames, finished)
+def _stats(model: SpeechModel) -> ModelStats:
+    now = model.engine.stats()
+    return ModelStats(
+        waiting=now.waiting,
+        active=now.active - now.paused,
+        paused=now.paused,
+        step_seconds=now.step_s,
+        frames=now.frames,
+        finished={str(reason): count for reason, count in now.finished.items()},
+        uncaptured=model.steps.missed,
+    )
 
 
 def _same_files(one: Path, other: Path) -> bool:

@@ -56,7 +56,7 @@ class Tensors:
 
 
 def weight(tensor: Tensor) -> nn.Parameter:
-    """A copy of its own in float32: `tensor` may be a view of the mapped file, or a wider intermediate result."""
+    """A copy of its own in float32: `tensor` may be part of a larger one, or a wider intermediate result."""
     return nn.Parameter(tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True), requires_grad=False)
 
 

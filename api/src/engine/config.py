@@ -189,8 +189,8 @@ class CodecConfig:
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
-    """generation_config.json: sampling defaults."""
+class ChoiceConfig:
+    """How codes are chosen: of the talker, and of the subtalker, which is the code predictor."""
 
     do_sample: bool = True
     temperature: float = 0.9
@@ -201,6 +201,12 @@ class GenerationConfig:
     subtalker_temperature: float = 0.9
     subtalker_top_k: int = 50
     subtalker_top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class GenerationConfig(ChoiceConfig):
+    """generation_config.json: the checkpoint's own choice, and how many tokens end an utterance."""
+
     max_new_tokens: int = 2048
 
 

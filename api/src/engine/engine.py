@@ -64,7 +64,8 @@ class Ticket:
 class Engine:
     """Runs a runner. `start` gives it its thread; without one, tests call `step` themselves.
 
-    `silent_tail(samples, frames)` says how many frames at the end of a chunk are silent.
+    `silent_tail(samples, frames)` says how many frames at the end of a chunk are silent. `prepare` is called first in
+    the thread.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Engine:
         *,
         clock: Callable[[], float] = time.monotonic,
         silent_tail: SilentTail = silent_tail,
+        prepare: Callable[[], object] = lambda: None,
     ) -> None:
         self._stepper = Stepper(runner, limits, clock, silent_tail)
-        self._clock = clock
+        self._clock, self._prepare = clock, prepare
         self._inbox: deque[Command] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -143,6 +145,7 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            self._prepare()
             while self._wait():
                 self.step()
         except BaseException as error:

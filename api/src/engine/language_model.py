@@ -6,7 +6,7 @@ Shapes: B rows of a step, H talker's hidden, V codec vocabulary, C code groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +17,15 @@ from .layers import rotations
 from .linear import settle, settle_one
 from .prompt import PromptRows
 from .sampling import Sampling, choose, draws, penalise
-from .slots import FrameMemory, Plan, PromptMemory, Slots
+from .slots import FrameMemory, Lengths, PaddedPromptMemory, Plan, PromptMemory, Slots, StepMemory
 from .talker import Talker
 from .weights import Checkpoint, empty, load
 
 SPECIAL_CODES = 1024
 """The codec vocabulary's upper end, ids that are no sound: never chosen but for the end of speech."""
+Entry = tuple[int, PromptRows, Sampling]
+"""A slot, and what enters it."""
+Store = Callable[[Slots, Sequence[int], Sequence[Tensor]], None]
 _PREFIX = "talker."
 _TEXT_TABLE = "model.text_embedding.weight"
 
@@ -60,7 +63,7 @@ class LanguageModel:
 
             def build() -> Talker:
                 talker = Talker(config.talker_config).to(dtype)
-                talker.model.text_embedding.to(checkpoint.tensor(_PREFIX + _TEXT_TABLE).dtype)
+                talker.model.text_embedding.to(checkpoint.stored(_PREFIX + _TEXT_TABLE).dtype)
                 return talker
 
             talker = empty(build, device=device)
@@ -72,23 +75,36 @@ class LanguageModel:
         return Slots(self.config.talker_config, self.weight, count=count, positions=positions, text_rows=text_rows)
 
     @torch.inference_mode()
-    def prefill(self, state: Slots, entries: Sequence[tuple[int, PromptRows, Sampling]]) -> None:
+    def prefill(self, state: Slots, entries: Sequence[Entry], store: Store | None = None) -> None:
         """Take a free slot for each prompt and store its keys and values; prompts may differ in length.
 
-        The last row of each is left to the slot's first frame step.
+        The last row of each is left to the slot's first frame step. `store`: what computes and stores all others.
 
         Raises:
             EngineError: a slot that is taken, a prompt or a text that is too long. No slot is taken then.
         """
-        lengths = [prompt.rows.shape[0] - 1 for _, prompt, _ in entries]
-        for (slot, prompt, _), length in zip(entries, lengths, strict=True):
-            state.check(slot, length, prompt.trailing.shape[0])
-        x = torch.cat([prompt.rows[:-1] for _, prompt, _ in entries])
-        places = torch.cat([torch.arange(length) for length in lengths]).to(x.device)
-        memory = PromptMemory(state.talker, [slot for slot, _, _ in entries], lengths)
-        self.talker(x, state.rotation.at(places), memory)
-        for (slot, prompt, sampling), length in zip(entries, lengths, strict=True):
-            state.enter(slot, sampling, length, prompt.rows[-1], prompt.trailing, prompt.pad)
+        for slot, prompt, _ in entries:
+            state.check(slot, len(prompt.rows) - 1, len(prompt.trailing))
+        (store or self.store)(state, [slot for slot, _, _ in entries], [prompt.rows[:-1] for _, prompt, _ in entries])
+        for slot, prompt, sampling in entries:
+            state.enter(slot, sampling, len(prompt.rows) - 1, prompt.rows[-1], prompt.trailing, prompt.pad)
+
+    def store(self, state: Slots, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
+        """Keys and values of prompts, each (L, H) of its own length, one after the other in one pass."""
+        lengths = [len(rows) for rows in prompts]
+        places = torch.cat([torch.arange(length) for length in lengths]).to(self.weight.device)
+        self.talker(torch.cat(list(prompts)), state.rotation.at(places), PromptMemory(state.talker, slots, lengths))
+
+    def store_padded(self, state: Slots, index: Tensor, x: Tensor) -> Tensor:
+        """As `store`, of one shape: index (B,), x (B, L, H), each prompt followed by any rows.
+
+        What those leave in a slot lies behind its prompt: each position is overwritten before it is first attended to.
+        """
+        rows, length, _ = x.shape
+        places = torch.arange(length, device=x.device).repeat(rows)
+        memory = PaddedPromptMemory(state.talker, index, length)
+        out: Tensor = self.talker(x.flatten(0, 1), state.rotation.at(places), memory)
+        return out
 
     @torch.inference_mode()
     def frame_step(self, state: Slots, slots: Sequence[int]) -> Tensor:
@@ -101,13 +117,14 @@ class LanguageModel:
         """
         plan = state.plan(slots)
         index = torch.tensor(slots, device=self.weight.device)
-        codes = self._frame(state, slots, index, plan)
+        codes = self.frame(state, index, plan, state.lengths(slots))
         state.advance(slots)
         return codes
 
-    def _frame(self, state: Slots, slots: Sequence[int], index: Tensor, plan: Plan) -> Tensor:
+    def frame(self, state: Slots, index: Tensor, plan: Plan, lengths: Lengths = ()) -> Tensor:
+        """The device's part of frame_step: index (B,) -> codes (B, C). `lengths`: as StepMemory."""
         rows = state.rows(index)
-        memory = state.step_memory(slots, index, rows.positions, plan.span)
+        memory = StepMemory(state.talker, index, rows.positions, lengths, plan.span)
         hidden = self.talker(state.next_input[index], state.rotation.at(rows.positions), memory)
         hidden = self.talker.model.norm(hidden)  # (B, H): the head's input and the code predictor's
         uniform = draws(rows.keys, rows.frames, self.config.talker_config.num_code_groups)  # (B, C)

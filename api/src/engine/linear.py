@@ -21,6 +21,7 @@ STREAMING_ROWS = 4
 _HALF_MAX = torch.finfo(torch.float16).max
 _SUBNORMAL_ERROR = 2.0**-25
 """Half of fp16's smallest step."""
+_CHECKED_ROWS = 64
 
 
 class Product(Protocol):
@@ -52,11 +53,12 @@ class HalfProduct:
         available = torch.backends.quantized.engine in ("x86", "fbgemm")
         if weight.dtype != torch.float32 or not available or not hasattr(torch.ops.quantized, "linear_prepack_fp16"):
             return None
-        largest = float(weight.abs().max())
+        largest = max(map(abs, map(float, weight.aminmax())))
         scale = 2.0 ** math.floor(math.log2(_HALF_MAX / largest)) if largest > 0 else 1.0
         scaled = weight * scale
-        if float((scaled.half().float() - scaled).abs().max()) > _SUBNORMAL_ERROR:
-            return None
+        for part in torch.split(scaled, _CHECKED_ROWS):  # in small parts, whose intermediates stay in the caches
+            if float(torch.dist(part.half().float(), part, torch.inf)) > _SUBNORMAL_ERROR:
+                return None
         packed = torch.ops.quantized.linear_prepack_fp16(scaled, None if bias is None else bias * scale)
         return cls(packed, 1 / scale)
 

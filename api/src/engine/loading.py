@@ -5,9 +5,12 @@ Owns the putting together, and what a request costs in rows. A codec decoder tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +19,11 @@ from numpy.typing import NDArray
 from .codec import CodecDecoder
 from .codec_encoder import CodecEncoder
 from .config import CodecConfig, ModelConfig
+from .cores import usable_cores
+from .device_steps import GraphedSteps, Steps
 from .engine import Engine
 from .errors import EngineError
+from .graphs import Capture, CudaCapture
 from .language_model import LanguageModel
 from .messages import Limits, Request
 from .prompt import Prompt, PromptBuilder, Reference
@@ -28,6 +34,8 @@ from .tokenizer import TextTokenizer
 
 _TEMPLATE_ROWS = 12
 """At most: role, language, speaker, and the rows around the text."""
+_CPU_PROMPT_TOKENS = 64
+"""Of a step on a CPU: more rows at once are not faster there, and who comes first would wait for them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class SpeechModel:
     codec: CodecDecoder
     codec_config: CodecConfig
     engine: Engine
-    arena_bytes: int
+    steps: Steps
     speaker_encoder: SpeakerEncoder | None = None
     codec_encoder: CodecEncoder | None = None
 
@@ -77,6 +85,25 @@ class SpeechModel:
         return Reference(None, torch.from_numpy(codes), text)
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_a_passing_thread(call: Callable[P, T]) -> Callable[P, T]:
+    """OpenMP keeps threads for each thread that has calculated, as long as that lives.
+
+    With more of them than cores it no longer spins where they meet, which made the engine's frames half as slow again.
+    """
+
+    @wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ThreadPoolExecutor(1, "loading") as thread:
+            return thread.submit(call, *args, **kwargs).result()
+
+    return run
+
+
+@_in_a_passing_thread
 def load_model(
     folder: Path,
     *,
@@ -88,29 +115,52 @@ def load_model(
     positions: int = 1024,
     text_rows: int = 512,
     limits: Limits | None = None,
+    threads: int | None = None,
+    capture: Capture | None = None,
 ) -> SpeechModel:
     """The checkpoint in `folder`, with arenas for `slots` streams of `positions` prompt rows and frames each.
 
     `codec`: a decoder loaded before, for all checkpoints have the same. `limits.slots` must equal `slots`.
+    On a CPU, no more prompts go into one step than pay off. `threads`: torch's, of the whole process; None: as many as
+    cores that it may use. `capture`: makes graphs of all work; None: CUDA's on a GPU, none on a CPU.
 
     Raises:
         CheckpointError: whatever makes the checkpoint unusable.
     """
     ModelConfig.read(folder)  # first, as what is wrong with the folder as a whole shows there
+    torch.set_num_threads(threads or usable_cores())
     tokenizer = TextTokenizer(folder)
     codec_config = CodecConfig.read(folder)
     model = LanguageModel.load(folder, dtype, device)
     codec = codec or CodecDecoder.load(folder, codec_dtype, device)
     builder = PromptBuilder(model.config, tokenizer, model.talker)
-    runner = TorchRunner(model, builder, codec, slots=slots, positions=positions, text_rows=text_rows)
+    limits = limits or Limits(slots=slots, codec_frames=max(64, slots))
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
+        limits = replace(limits, prompt_tokens=min(limits.prompt_tokens, _CPU_PROMPT_TOKENS))
+    if capture is None and not on_cpu:
+        capture = CudaCapture()
+    arenas = {"slots": slots, "positions": positions, "text_rows": text_rows}
+    if capture is None:
+        steps = Steps(model, codec, **arenas)
+    else:
+        sampling = Sampling.default(model.config.generation)
+        frames = limits.codec_frames
+        steps = GraphedSteps(model, codec, **arenas, codec_frames=frames, sampling=sampling, capture=capture)
     clones = model.config.tts_model_type == "base"
     return SpeechModel(
         model.config,
         tokenizer,
         codec,
         codec_config,
-        Engine(runner, limits or Limits(slots=slots, codec_frames=max(64, slots))),
-        runner.nbytes,
+        Engine(TorchRunner(steps, builder), limits, prepare=partial(_prepare, steps, torch.get_num_threads())),
+        steps,
         SpeakerEncoder.load(folder, device) if clones else None,
         CodecEncoder.load(folder, device) if clones else None,
     )
+
+
+def _prepare(steps: Steps, threads: int) -> None:
+    """In the engine's thread: what torch keeps by thread, and what must not be done while requests wait."""
+    torch.set_num_threads(threads)
+    steps.prepare()

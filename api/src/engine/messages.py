@@ -40,7 +40,7 @@ class Limits:
     chunk_frames: int = 16
     outbox_frames: int = 250
     frame_s: float = 0.08
-    little_lead_s: float = 0.24
+    little_lead_s: float = 0.12
     aging_s: float = 2.0
     patience_s: float | None = 60.0
     repeat_frames: int = 50

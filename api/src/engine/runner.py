@@ -1,7 +1,7 @@
 """Carrying out the scheduler's plans in torch: prompts into slots, frames of codes, sound.
 
 Owns what belongs to a slot besides the arenas (codes that wait for the codec) and the grouping of work into batches.
-Does not own the arithmetic (language_model.py, codec.py), nor who is served when (scheduler.py).
+Does not own the arenas and the work on them (device_steps.py), nor who is served when (scheduler.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .codec import CodecDecoder, CodecState
-from .language_model import LanguageModel
+from .device_steps import Steps
 from .messages import Sound
 from .prompt import Prompt, PromptBuilder, PromptRows
 from .sampling import Sampling
@@ -34,30 +33,13 @@ class Entered:
 
 
 class TorchRunner:
-    """Implements steps.Runner. Requests have a Prompt and a Sampling; text that is appended is str.
+    """Implements steps.Runner. Requests have a Prompt and a Sampling; text that is appended is str."""
 
-    positions: prompt rows and frames of a slot together. text_rows: of text to come, of a slot.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        builder: PromptBuilder,
-        codec: CodecDecoder,
-        *,
-        slots: int,
-        positions: int,
-        text_rows: int,
-    ) -> None:
-        self._model, self._builder, self._codec = model, builder, codec
-        self._slots = model.new_slots(slots, positions, text_rows)
-        self._sounds = CodecState(codec, slots)
+    def __init__(self, steps: Steps, builder: PromptBuilder) -> None:
+        self.steps = steps
+        self._builder, self._slots, self._sounds = builder, steps.slots, steps.sounds
+        self._eos = steps.model.eos
         self._entered: dict[int, Entered] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all that slots can ever hold."""
-        return self._slots.bytes() + self._sounds.nbytes
 
     @torch.inference_mode()
     def prefill(self, slots: Sequence[Slot]) -> list[int]:
@@ -69,7 +51,7 @@ class TorchRunner:
         prompts = [_prompt(slot) for slot in slots]
         rows = [self._builder.rows(prompt) for prompt in prompts]
         entries = [(slot.index, r, _sampling(slot)) for slot, r in zip(slots, rows, strict=True)]
-        self._model.prefill(self._slots, entries)
+        self.steps.prefill(entries)
         for slot, prompt, r in zip(slots, prompts, rows, strict=True):
             self._enter(slot, prompt, r)
         return [len(r.trailing) for r in rows]
@@ -79,7 +61,7 @@ class TorchRunner:
         self._sounds.reset(slot.index)
         if prompt.reference is not None and prompt.reference.codes is not None:
             clip = prompt.reference.codes[None].to(self._sounds.positions)  # (1, F, C)
-            self._codec.prime(clip, self._index([slot]), self._sounds)
+            self.steps.codec.prime(clip, self.steps.index([slot.index]), self._sounds)
         self._bound(slot)
 
     @torch.inference_mode()
@@ -100,10 +82,10 @@ class TorchRunner:
 
     def decode(self, slots: Sequence[Slot]) -> list[int | None]:
         """As Runner.decode."""
-        codes = self._model.frame_step(self._slots, [slot.index for slot in slots])  # (B, C)
+        codes = self.steps.frame([slot.index for slot in slots])  # (B, C)
         firsts: list[int | None] = []
         for slot, code, frame in zip(slots, codes[:, 0].tolist(), codes, strict=True):
-            ended = code == self._model.eos
+            ended = code == self._eos
             firsts.append(None if ended else code)
             if not ended:
                 self._entered[slot.index].codes.append(frame)
@@ -118,7 +100,7 @@ class TorchRunner:
         sounds: dict[int, Sound] = {}
         for frames, slots in groups.items():
             codes = torch.stack([self._entered[slot.index].take(frames) for slot in slots])  # (B, T, C)
-            samples = self._codec.decode(codes, self._index(slots), self._sounds).float().cpu().numpy()
+            samples = self.steps.sound([slot.index for slot in slots], codes).float().cpu().numpy()
             made = zip(slots, samples, codes.cpu().numpy(), strict=True)
             sounds |= {slot.index: Sound(sound.copy(), chunk.copy()) for slot, sound, chunk in made}
         return [sounds[slot.index] for slot, _ in work]
@@ -127,9 +109,6 @@ class TorchRunner:
         """As Runner.release."""
         self._slots.leave(slot.index)
         self._entered.pop(slot.index, None)
-
-    def _index(self, slots: Sequence[Slot]) -> Tensor:
-        return torch.tensor([slot.index for slot in slots], device=self._sounds.positions.device)
 
 
 def _prompt(slot: Slot) -> Prompt:

@@ -10,13 +10,13 @@ Shapes: B rows, V vocabulary, W the width that is sorted.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .config import GenerationConfig
+from .config import ChoiceConfig
 from .errors import EngineError
 
 MIN_NEW_TOKENS = 2
@@ -30,7 +30,7 @@ _TIES = 8
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(ChoiceConfig):
     """How one request chooses its codes. `seed` is any integer; top_k 0 keeps all.
 
     Raises:
@@ -38,15 +38,6 @@ class Sampling:
     """
 
     seed: int = 0
-    do_sample: bool = True
-    temperature: float = 0.9
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.05
-    subtalker_dosample: bool = True
-    subtalker_temperature: float = 0.9
-    subtalker_top_k: int = 50
-    subtalker_top_p: float = 1.0
     min_new_tokens: int = MIN_NEW_TOKENS
 
     def __post_init__(self) -> None:
@@ -58,10 +49,9 @@ class Sampling:
             raise EngineError("top_k and min_new_tokens must not be negative")
 
     @classmethod
-    def default(cls, config: GenerationConfig, seed: int = 0) -> Sampling:
+    def default(cls, config: ChoiceConfig, seed: int = 0) -> Sampling:
         """The checkpoint's own choice."""
-        shared = {name: getattr(config, name) for name in cls.__dataclass_fields__ if hasattr(config, name)}
-        return cls(seed=seed, **shared)
+        return cls(**{field.name: getattr(config, field.name) for field in fields(ChoiceConfig)}, seed=seed)
 
 
 class Rule(NamedTuple):

@@ -119,8 +119,11 @@ class Slot:
         wanted = min(2 * self._chunk, self._limits.chunk_frames)
         while wanted > 1 and wanted * pace > longest:
             wanted //= 2
-        no_more = self.ending is not None or self.starved
-        return min(self.pending, self._limits.chunk_frames) if no_more or self.pending >= wanted else 0
+        frames = min(self.pending, self._limits.chunk_frames)
+        if self.ending is not None or frames == 0:
+            return frames
+        whole: int = 1 << (frames.bit_length() - 1)  # one call of the codec, shared by slots with chunks of one size
+        return whole if self.starved or self.pending >= wanted else 0
 
     def sounded(self, frames: int, now: float) -> None:
         """A chunk went to the listener."""
@@ -318,7 +321,8 @@ class Scheduler:
         return job.arrived + job.request.priority * self.limits.aging_s
 
     def _urgent(self, slot: Slot, now: float) -> bool:
-        blocks = slot.ending is not None and self.waiting > 0
+        scarce = self.waiting > 0 or len(self._free) < self.limits.slots // 4
+        blocks = slot.ending is not None and scarce
         return blocks or slot.lead(now) < self.limits.little_lead_s
 
     def _admit(self, now: float) -> list[Slot]:

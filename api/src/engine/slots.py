@@ -8,6 +8,8 @@ Shapes: S slots, B rows of a step, P positions, K key-value heads, G query heads
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,10 +28,7 @@ class KeyValues:
 
     def __init__(self, config: TransformerConfig, slots: int, positions: int, like: Tensor) -> None:
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, positions, config.head_dim)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        if like.device.type != "cpu":  # there unused positions are read, and masked: they must not be NaN
-            self.keys.zero_()
-            self.values.zero_()
+        self.keys, self.values = _zeros(shape, like), _zeros(shape, like)  # what is masked must not be NaN
 
 
 class PromptMemory:
@@ -51,15 +50,32 @@ class PromptMemory:
         return torch.cat(outs)
 
 
-class StepMemory:
-    """One position more in each of B slots. On a CPU each slot's keys are read in place, at their true length.
+class PaddedPromptMemory:
+    """Prefill of B prompts that were all padded to `length` rows: nothing but that shapes it."""
 
-    Elsewhere (no length may shape a graph) the first `span` positions of all rows are gathered, and masked.
+    def __init__(self, arena: KeyValues, slots: Tensor, length: int) -> None:
+        self.arena, self.slots, self.length = arena, slots, length
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As layers.Memory: B * length rows."""
+        query, key, value = (x.view(-1, self.length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        self.arena.keys[layer, :, :, : self.length][self.slots] = key  # (B, heads, length, D)
+        self.arena.values[layer, :, :, : self.length][self.slots] = value
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+Lengths = Sequence[tuple[int, int]]
+"""Slots, and how many positions of each are filled with those of this step."""
+
+
+class StepMemory:
+    """One position more in each of B slots. With `lengths`, each slot's keys are read in place, at their true length.
+
+    Without (no length may shape a graph) the first `span` positions of all rows are gathered, and masked.
     """
 
-    def __init__(
-        self, arena: KeyValues, slots: Tensor, positions: Tensor, lengths: Sequence[tuple[int, int]], span: int
-    ) -> None:
+    def __init__(self, arena: KeyValues, slots: Tensor, positions: Tensor, lengths: Lengths, span: int) -> None:
         self.arena, self.slots, self.positions, self.lengths, self.span = arena, slots, positions, lengths, span
         places = torch.arange(span, device=slots.device)
         self.mask = None if lengths else (places <= positions[:, None])[:, None, None]  # (B, 1, 1, span)
@@ -191,12 +207,16 @@ class Slots:
         self.progress[slot] = torch.tensor((length, 0, 0))
         self.seen[slot] = False
         self.next_input[slot] = last
-        widths = (
+        self.streams[slot] = Stream(length, 0, self.widths(s))
+        self.append(slot, trailing, pad)
+
+    def widths(self, sampling: Sampling) -> tuple[int, int]:
+        """How much of the talker's and of the subtalker's logits must be sorted for it."""
+        s = sampling
+        return (
             width(s.do_sample, s.top_k, self.vocabularies[0]),
             width(s.subtalker_dosample, s.subtalker_top_k, self.vocabularies[1]),
         )
-        self.streams[slot] = Stream(length, 0, widths)
-        self.append(slot, trailing, pad)
 
     def append(self, slot: int, rows: Tensor, pad: Tensor) -> None:
         """More text for a stream: rows (T, H) follow those that it has. A frame that finds none adds `pad`."""
@@ -239,11 +259,10 @@ class Slots:
         subtalker = Rule(sub_do_sample != 0, sub_temperature, sub_top_k, sub_top_p)
         return Rows(penalty, talker, subtalker, minimum, keys, *self.progress[index].unbind(1))
 
-    def step_memory(self, slots: Sequence[int], index: Tensor, positions: Tensor, span: int) -> StepMemory:
-        """The talker's memory for one step."""
-        in_place = index.device.type == "cpu"
-        lengths = [(slot, self.streams[slot].length + 1) for slot in slots] if in_place else []
-        return StepMemory(self.talker, index, positions, lengths, span)
+    def lengths(self, slots: Sequence[int]) -> Lengths:
+        """For a step of `slots` on a CPU; none elsewhere, where gathering is faster."""
+        on_cpu = self.progress.device.type == "cpu"
+        return [(slot, self.streams[slot].length + 1) for slot in slots] if on_cpu else ()
 
     def commit(self, index: Tensor, rows: Rows, first: Tensor, next_input: Tensor) -> None:
         """Write back what a step has made: first codes (B,), next_input (B, H) without its text row."""
@@ -258,3 +277,12 @@ class Slots:
             stream = self.streams[slot]
             stream.length += 1
             stream.frame += 1
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """On a CPU from the system's own zero pages, small ones, so that only what is written to takes memory."""
+    if like.device.type != "cpu" or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return like.new_zeros(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * like.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)

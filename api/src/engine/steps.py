@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import EngineError
 from .messages import Delivery, FinishReason, Limits, Sound
 from .scheduler import Job, Scheduler, Slot, Work
 
@@ -175,7 +176,10 @@ class Stepper:
     # --- ends ---
 
     def _fail(self, slots: Sequence[Slot], error: Exception) -> None:
-        _log.error("a step failed for %d requests", len(slots), exc_info=error)
+        if isinstance(error, EngineError):  # the request's own fault
+            _log.warning("a request was refused: %s", error)
+        else:
+            _log.error("a step failed for %d requests", len(slots), exc_info=error)
         error.with_traceback(None)  # whoever keeps the error shall not keep the step's tensors
         for slot in slots:
             self.finish(slot.job, "error", error=error)

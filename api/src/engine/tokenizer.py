@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from .errors import CheckpointError
+from .errors import CheckpointError, EngineError
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,12 +33,9 @@ class TextTokenizer:
         try:
             ready = folder / "tokenizer.json"
             self._tokenizer = Tokenizer.from_file(str(ready)) if ready.is_file() else _from_parts(folder)
-            config = folder / "tokenizer_config.json"
-            added = (
-                json.loads(config.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-                if config.is_file()
-                else {}
-            )
+            path = folder / "tokenizer_config.json"
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            added = config.get("added_tokens_decoder", {})
         except CheckpointError:
             raise
         except Exception as error:  # tokenizers raises bare Exception
@@ -46,8 +43,15 @@ class TextTokenizer:
         _add(self._tokenizer, added, folder)
 
     def ids(self, text: str) -> list[int]:
-        """The text's tokens; a special token's name in the text is that token, as in the official package."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The text's tokens; a special token's name in the text is that token, as in the official package.
+
+        Raises:
+            EngineError: half of a surrogate pair, which is no character.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise EngineError("the text has half of a surrogate pair, which is no character") from None
         return ids
 
 

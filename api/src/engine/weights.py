@@ -2,7 +2,8 @@
 
 Owns the safetensors files (single or sharded) and the matching of names: a module's parameters and buffers carry the
 checkpoint's names, packed parameters say which names fill which part of them. Does not own what a module is.
-Memory: files are mapped, and each tensor is converted straight into its place, one by one.
+Memory: tensors are read into their place, or converted there one by one. Files are not mapped, as the pages of a
+mapping count as this process's memory until it is closed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from .errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -34,8 +36,17 @@ class Packed(Protocol):
         ...
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    file: BinaryIO
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Checkpoint:
-    """The tensors of one folder, by name; a context manager that keeps the files mapped.
+    """The tensors of one folder, by name; a context manager that keeps the files open.
 
     Raises:
         CheckpointError: no weights in the folder, a missing shard, a file that is truncated or no safetensors.
@@ -43,35 +54,51 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._stored: dict[str, Stored] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         with self._stack as stack:
             for path in _files(self.folder):
-                opened = stack.enter_context(_open(path))
-                self._files.update(dict.fromkeys(opened.keys(), opened))
+                self._stored.update(_contents(path, stack.enter_context(path.open("rb", buffering=0))))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.clear()
+        self._stored.clear()
         self._stack.close()
 
     def names(self, prefix: str = "") -> set[str]:
-        return {name for name in self._files if name.startswith(prefix)}
+        return {name for name in self._stored if name.startswith(prefix)}
+
+    def stored(self, name: str) -> Stored:
+        """What is known of a tensor before it is read."""
+        if name not in self._stored:
+            raise CheckpointError(f"{self.folder} lacks the tensor {name}")
+        return self._stored[name]
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor `name` as it is stored, on the CPU."""
-        if name not in self._files:
-            raise CheckpointError(f"{self.folder} lacks the tensor {name}")
+        """The tensor `name` as it is stored, on the CPU: a copy of its own."""
+        _, _, dtype, shape = self.stored(name)
+        return self.read(name, torch.empty(shape, dtype=dtype, device="cpu"))
+
+    def read(self, name: str, place: Tensor) -> Tensor:
+        """The tensor into `place`, which has its shape: straight, if dtype and layout allow it, else converted."""
+        file, begin, dtype, _ = self.stored(name)
+        if place.dtype != dtype or place.device.type != "cpu" or not place.is_contiguous():
+            return place.copy_(self.tensor(name))
+        rest = memoryview(place.detach().view(-1).view(torch.uint8).numpy().data)
         try:
-            tensor: Tensor = self._files[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            file.seek(begin)
+            while rest:
+                if not (count := file.readinto(rest)):  # type: ignore[attr-defined]
+                    raise OSError("the file has become shorter")
+                rest = rest[count:]
+        except OSError as error:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
-        return tensor
+        return place
 
 
 def load(
@@ -107,11 +134,11 @@ def load(
 
 
 def _fill(name: str, place: Tensor, checkpoint: Checkpoint) -> None:
-    tensor = checkpoint.tensor(name)
-    if tensor.shape != place.shape:
-        shapes = f"{tuple(tensor.shape)} in {checkpoint.folder}, {tuple(place.shape)} by its config.json"
+    shape = checkpoint.stored(name).shape
+    if place.shape != shape:
+        shapes = f"{shape} in {checkpoint.folder}, {tuple(place.shape)} by its config.json"
         raise CheckpointError(f"{name} is {shapes}")
-    place.copy_(tensor)
+    checkpoint.read(name, place)
 
 
 def places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -154,11 +181,21 @@ def _files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _open(path: Path) -> Any:
+def _contents(path: Path, file: BinaryIO) -> dict[str, Stored]:
     try:
-        return safe_open(str(path), framework="pt", device="cpu")
+        with safe_open(str(path), framework="pt", device="cpu"):  # checks that all of it is there
+            start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
+    header.pop("__metadata__", None)
+    try:
+        return {
+            name: Stored(file, start + each["data_offsets"][0], DTYPES[each["dtype"]], tuple(each["shape"]))
+            for name, each in header.items()
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{path} has tensors of the type {error}, which no checkpoint has") from None
 
 
 def _complain(checkpoint: Checkpoint, what: str, names: list[str]) -> None:

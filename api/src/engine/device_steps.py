@@ -1,0 +1,202 @@
+"""What a step of the runner costs a device: prompts, frames and sound, for the slots of one model.
+
+Owns the model's arenas and the three kinds of work on them: as they come (`Steps`), or in shapes that were captured
+before the first request (`GraphedSteps`). What is computed is language_model.py's and codec.py's; what a graph is,
+graphs.py's. Neither knows requests.
+Shapes: B rows of a step, L rows of a prompt, H talker's hidden, T frames, C code groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .codec import CodecDecoder, CodecState
+from .graphs import (
+    CODEC_FRAMES,
+    PROMPT_BATCH,
+    PROMPT_LENGTHS,
+    ROWS,
+    SPANS,
+    Capture,
+    Graphs,
+    Index,
+    fitting,
+    parts,
+    up_to,
+)
+from .language_model import Entry, LanguageModel
+from .sampling import Sampling
+from .slots import Plan, Slots
+
+
+class Steps:
+    """Arenas for `slots` streams of `positions` prompt rows and frames each, and `text_rows` of text to come."""
+
+    def __init__(
+        self, model: LanguageModel, codec: CodecDecoder, *, slots: int, positions: int, text_rows: int
+    ) -> None:
+        self.model, self.codec = model, codec
+        self.slots = model.new_slots(slots, positions, text_rows)
+        self.sounds = CodecState(codec, slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all that slots can ever hold."""
+        return self.slots.bytes() + self.sounds.nbytes
+
+    @property
+    def missed(self) -> int:
+        """Steps whose shape was not captured, where shapes are."""
+        return 0
+
+    def describe(self) -> str:
+        """For people: how the work is done."""
+        return "no graphs"
+
+    def prepare(self) -> None:
+        """Whatever is to be done before the first request, in the thread that will serve it."""
+
+    def prefill(self, entries: Sequence[Entry]) -> None:
+        """As LanguageModel.prefill."""
+        self.model.prefill(self.slots, entries)
+
+    def frame(self, slots: Sequence[int]) -> Tensor:
+        """As LanguageModel.frame_step."""
+        return self.model.frame_step(self.slots, slots)
+
+    def sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
+        """codes (B, T, C) of the slots' next frames -> samples (B, T * samples per frame)."""
+        return self.codec.decode(codes, self.index(slots), self.sounds)
+
+    def index(self, slots: Sequence[int]) -> Tensor:
+        return torch.tensor(slots, device=self.sounds.positions.device)
+
+
+class GraphedSteps(Steps):
+    """The same in captured shapes. `codec_frames`: the most frames that the slots of one call have together.
+
+    `sampling`: the checkpoint's own, for whose widths frames are captured.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        codec: CodecDecoder,
+        *,
+        slots: int,
+        positions: int,
+        text_rows: int,
+        codec_frames: int,
+        sampling: Sampling,
+        capture: Capture,
+    ) -> None:
+        super().__init__(model, codec, slots=slots + 1, positions=positions, text_rows=text_rows)
+        self.graphs = Graphs(capture)
+        self._widths = self.slots.widths(sampling)
+        self._spare = slots
+        self._rows = up_to(ROWS, slots)
+        self._spans = up_to(SPANS, positions)
+        self._lengths = up_to(PROMPT_LENGTHS, min(positions, PROMPT_LENGTHS[-1]))
+        self._batches = up_to(PROMPT_BATCH, min(slots, PROMPT_BATCH[-1]))
+        self._codec_rows = {
+            frames: up_to(ROWS, min(slots, fitting(ROWS, max(1, codec_frames // frames)) or slots))
+            for frames in CODEC_FRAMES
+        } | {1: self._rows}
+        device, width = model.weight.device, model.weight.shape[0]
+        self._index = {rows: Index(rows, self._spare, device) for rows in {*self._rows, *self._batches}}
+        self._prompts = model.weight.new_zeros(self._batches[-1], self._lengths[-1], width)
+        groups = model.config.talker_config.num_code_groups
+        self._codes = torch.zeros(slots, max(CODEC_FRAMES), groups, dtype=torch.int64, device=device)
+
+    @property
+    def missed(self) -> int:
+        return self.graphs.missed
+
+    def describe(self) -> str:
+        """As Steps.describe."""
+        return f"{len(self.graphs)} graphs"
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Capture every shape, the largest first, as smaller ones fit into the memory that it takes."""
+        for length in reversed(self._lengths):
+            for batch in reversed(self._batches):
+                self._capture_prompts(batch, length)
+        for frames in CODEC_FRAMES:
+            for rows in reversed(self._codec_rows[frames]):
+                self._capture_sound(rows, frames)
+        for span in reversed(self._spans):
+            for rows in reversed(self._rows):
+                self._capture_frame(Plan(rows, span, *self._widths))
+
+    # --- prompts ---
+
+    def prefill(self, entries: Sequence[Entry]) -> None:
+        """As Steps.prefill, a graph's batch at a time."""
+        for start in range(0, len(entries), self._batches[-1]):
+            self.model.prefill(self.slots, entries[start : start + self._batches[-1]], self._store)
+
+    def _store(self, state: Slots, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
+        batch, length = fitting(self._batches, len(slots)), fitting(self._lengths, max(map(len, prompts)))
+        run = self.graphs.find(("prompts", batch, length))
+        if run is None or batch is None:
+            self.model.store(state, slots, prompts)
+            return
+        self._index[batch].set(slots)
+        for row, prompt in enumerate(prompts):
+            self._prompts[row, : len(prompt)] = prompt
+        run()
+
+    def _capture_prompts(self, batch: int, length: int) -> None:
+        index, x = self._index[batch], self._prompts[:batch, :length]
+        self.graphs.add(("prompts", batch, length), lambda: self.model.store_padded(self.slots, index.tensor, x))
+
+    # --- frames ---
+
+    @torch.inference_mode()
+    def frame(self, slots: Sequence[int]) -> Tensor:
+        """As Steps.frame."""
+        plan = self.slots.plan(slots)
+        rows, span = fitting(self._rows, plan.rows), fitting(self._spans, plan.span)
+        run = self.graphs.find(("frame", rows, span, plan.width, plan.subtalker_width))
+        if run is None or rows is None:
+            return self.model.frame_step(self.slots, slots)
+        self._index[rows].set(slots)
+        codes = run()[: len(slots)].clone()  # the next replay writes there
+        self.slots.advance(slots)
+        return codes
+
+    def _capture_frame(self, plan: Plan) -> None:
+        index = self._index[plan.rows]
+
+        def run() -> Tensor:
+            codes = self.model.frame(self.slots, index.tensor, plan)
+            self.slots.progress[self._spare] = 0  # nobody resets it, and its positions must not run out
+            return codes
+
+        self.graphs.add(("frame", *plan), run)
+
+    # --- sound ---
+
+    def sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
+        """As Steps.sound, in as many graphs as the frames need."""
+        pieces = torch.split(codes, parts(codes.shape[1]), dim=1)
+        return torch.cat([self._sound(slots, piece) for piece in pieces], dim=1)
+
+    @torch.inference_mode()
+    def _sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
+        frames = codes.shape[1]
+        rows = fitting(self._codec_rows[frames], len(slots))
+        run = self.graphs.find(("sound", rows, frames))
+        if run is None or rows is None:
+            return super().sound(slots, codes)
+        self._index[rows].set(slots)
+        self._codes[: len(slots), :frames] = codes
+        return run()[: len(slots)].clone()
+
+    def _capture_sound(self, rows: int, frames: int) -> None:
+        index, codes = self._index[rows], self._codes[:rows, :frames]
+        self.graphs.add(("sound", rows, frames), lambda: self.codec.decode(codes, index.tensor, self.sounds))
