@@ -21,7 +21,7 @@ from .backends.choice import GPU_MODEL
 from .cli_codes import add_codes
 from .domain import MEDIA_TYPES, SpeechRequest
 from .errors import InvalidRequest, NotReady, SpeechError
-from .main import build_backend, build_ledger, build_service, create_app
+from .main import build_ledger, build_service, build_speaker, create_app
 from .observe import Metrics, configure_logging
 from .settings import Settings
 from .stores.ledger_sqlite import SqliteLedger
@@ -135,8 +135,7 @@ def _say(settings: Settings, options: argparse.Namespace) -> int:
 
 
 async def _speak(settings: Settings, request: SpeechRequest, output: Path) -> None:
-    backend, _ = build_backend(settings)
-    service = build_service(settings, backend, Metrics())
+    service = build_service(settings, build_speaker(settings).backend, Metrics())
     await service.start()
     try:
         await service.wait_ready()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +32,11 @@ from .stores.ledger_sqlite import SqliteLedger
 from .stores.rates import RateCard
 
 EXPOSED_HEADERS = ["Content-Disposition", "Retry-After", "X-Cache", "X-Model", "X-Request-Id", "X-Voice"]
+
+EMBEDDED_AT_ONCE = 4
+GPU_SLOTS = 64
+CPU_SLOTS = 8
+"""On a CPU each slot takes of the others' time; on a GPU they share the reading of the weights."""
 
 IO_THREADS = 4
 """Threads beside one encoder per generation: cache look-ups and reads."""
@@ -67,29 +73,40 @@ def create_app(settings: Settings | None = None, *, backend: Backend | None = No
     )
     app.state.metrics = metrics
     app.state.http_policy = _http_policy(settings)
-    backend, reason = (backend, "It was given.") if backend else build_backend(settings)
-    app.state.backend_reason = reason
-    app.state.tts_service = build_service(settings, backend, metrics)
+    speaker = Speaker(backend, "It was given.", EMBEDDED_AT_ONCE) if backend else build_speaker(settings)
+    app.state.backend_reason = speaker.reason
+    app.state.tts_service = build_service(settings, speaker.backend, metrics, at_once=speaker.at_once)
     for module in (openai_compatible, billing, system):
         app.include_router(module.router)
     return app
 
 
-def build_backend(settings: Settings) -> tuple[Backend, str]:
-    """The backend that the settings or the machine call for, and why it is that one."""
+@dataclass(frozen=True)
+class Speaker:
+    """A backend, why it is that one, and how many requests it speaks at once."""
+
+    backend: Backend
+    reason: str
+    at_once: int
+
+
+def build_speaker(settings: Settings) -> Speaker:
+    """The backend that the settings or the machine call for."""
     choice = choose(settings.backend, settings.model, settings.device)
     _log.info("the %s backend speaks: %s", choice.backend, choice.reason)
     if choice.backend == "embedded":
-        return EmbeddedBackend(workers=settings.embedded_workers), choice.reason
+        return Speaker(EmbeddedBackend(workers=settings.embedded_workers), choice.reason, EMBEDDED_AT_ONCE)
     from .backends.qwen3_tts import Qwen3TTSBackend  # needs torch, which only this backend does
 
+    slots = settings.slots or (CPU_SLOTS if choice.device == "cpu" else GPU_SLOTS)
     qwen3 = Qwen3TTSBackend(
         models=choice.models,
-        slots=settings.slots,
+        slots=slots,
+        fewer_slots=settings.slots is None,
         device=choice.device,
         unload_after_s=settings.unload_after_s,
     )
-    return qwen3, choice.reason
+    return Speaker(qwen3, choice.reason, slots)
 
 
 def build_ledger(settings: Settings) -> SqliteLedger:
@@ -97,16 +114,19 @@ def build_ledger(settings: Settings) -> SqliteLedger:
     return SqliteLedger(settings.ledger_path, lease_s=settings.hold_lease_s)
 
 
-def build_service(settings: Settings, backend: Backend, metrics: Metrics) -> Qwen3TTSService:
-    """The service with everything that it owns, not started yet."""
+def build_service(
+    settings: Settings, backend: Backend, metrics: Metrics, *, at_once: int = EMBEDDED_AT_ONCE
+) -> Qwen3TTSService:
+    """The service with everything that it owns, not started yet. `at_once`: unless the settings say how many."""
+    concurrent = settings.max_concurrent or at_once
     return Qwen3TTSService(
         backend=backend,
         catalogue=Catalogue(backend, settings.model_aliases),
         cache=SpeechCache(settings.cache_dir, settings.cache_max_bytes),
         ledger=build_ledger(settings),
         rates=RateCard.load(settings.prices_file),
-        admission=Admission(settings.max_concurrent, settings.queue_size),
-        threads=Threads(settings.max_concurrent + IO_THREADS),
+        admission=Admission(concurrent, settings.queue_size),
+        threads=Threads(concurrent + IO_THREADS),
         metrics=metrics,
         limits=Limits(
             max_input_characters=settings.max_input_characters,

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     embedded_workers: int = Field(default=2, ge=1, le=64)
     model: CommaSeparated = []
     device: str = Field(default="auto", pattern=r"auto|cpu|cuda(:\d+)?")
-    slots: int = Field(default=8, ge=1, le=256)
+    slots: int | None = Field(default=None, ge=1, le=256)
     unload_after_s: float = Field(default=0.0, ge=0)
     model_aliases: Pairs = {}
 
@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
 
     # --- load ---
-    max_concurrent: int = Field(default=4, ge=1)
+    max_concurrent: int | None = Field(default=None, ge=1)
     queue_size: int = Field(default=32, ge=0)
     request_timeout_s: float = Field(default=60.0, gt=0)
     stall_timeout_s: float = Field(default=30.0, gt=0)

@@ -178,6 +178,18 @@ async def test_too_little_memory_is_said_before_anything_is_read(monkeypatch: py
     await backend.stop()
 
 
+async def test_slots_that_nobody_asked_for_give_way_to_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny("custom_voice")
+    config = ModelConfig.read(folder)
+    needed = qwen3_memory.needed_bytes(folder, config, slots=5, positions=1024, dtype=torch.float32, device="cpu")
+    monkeypatch.setattr(qwen3_memory, "free_bytes", lambda device: needed)
+    backend = Qwen3TTSBackend(models=[str(folder)], slots=16, fewer_slots=True)
+    await backend.start()
+    (model,) = backend._models.values()
+    assert model._loaded().engine.slots == 4
+    await backend.stop()
+
+
 def test_what_is_needed_grows_with_slots_and_width() -> None:
     folder = tiny("custom_voice")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import math
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from safetensors.torch import save_file
 from api.src.engine.config import ModelConfig
 from api.src.engine.talker import Talker
 from api.src.engine.weights import places
+
+os.environ["OMP_NUM_THREADS"] = "1"
+"""Tensors this small are many times slower on several threads, most of all where other processes want the cores too."""
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny"

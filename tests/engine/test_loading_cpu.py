@@ -20,7 +20,8 @@ from tests.engine.checkpoints import tiny
 
 
 @pytest.fixture(autouse=True)
-def keep_threads():
+def keep_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -47,6 +48,13 @@ def test_a_control_group_may_allow_less(tmp_path, monkeypatch, files, cores):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
+    assert usable_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("wanted", "cores"), [("2", 2), ("9", 6), ("0", 1), ("", 6), ("2,1", 6)])
+def test_whoever_starts_the_server_may_want_less(tmp_path, monkeypatch, wanted, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     assert usable_cores(tmp_path) == cores
 
 

@@ -54,13 +54,22 @@ class Qwen3Model:
     """
 
     def __init__(
-        self, folder: Path, *, slots: int, device: str, dtype: str, codecs: Codecs, unload_after_s: float = 0.0
+        self,
+        folder: Path,
+        *,
+        slots: int,
+        fewer_slots: bool = False,
+        device: str,
+        dtype: str,
+        codecs: Codecs,
+        unload_after_s: float = 0.0,
     ) -> None:
         """Raises EngineError if the folder is no checkpoint."""
         self.folder = folder
         self.config = ModelConfig.read(folder)
         self.served = qwen3_checkpoint.served(self.config, qwen3_checkpoint.identity(folder, dtype))
-        self._slots, self._device, self._dtype = slots, device, dtype
+        self._slots, self._fewest_slots = slots, 1 if fewer_slots else slots
+        self._device, self._dtype = device, dtype
         self._codecs, self._unload_after_s = codecs, unload_after_s
         self._borrowers = 0
         self._loading: asyncio.Task[SpeechModel] | None = None
@@ -136,32 +145,45 @@ class Qwen3Model:
             raise NotReady(f"There is not enough memory for {self.folder.name}.") from error
         except (OSError, RuntimeError) as error:  # a disk's, a driver's
             raise NotReady(f"{self.folder.name} cannot be used on {self._device}: {error}") from error
-        slots = f"{self._slots} slots of {model.steps.nbytes / self._slots / 1e6:.0f} MB"
-        logger.info("%s is loaded on %s: %s, %s", self.served.id, self._device, slots, model.steps.describe())
+        arenas = f"{model.steps.nbytes / 1e9:.2f} GB for {model.engine.slots} slots"
+        logger.info("%s is loaded on %s: %s, %s", self.served.id, self._device, arenas, model.steps.describe())
         return model
 
     def _read(self) -> SpeechModel:
         if qwen3_checkpoint.identity(self.folder, self._dtype) != self.served.revision:
             raise NotReady(f"The files of {self.folder.name} have changed: the server must be started anew.")
         dtype: torch.dtype = getattr(torch, self._dtype)
-        qwen3_memory.require(
-            self.folder, self.config, slots=self._slots, positions=POSITIONS, dtype=dtype, device=self._device
-        )
+        slots = self._fitting_slots(dtype)
         model = load_model(
             self.folder,
-            slots=self._slots,
+            slots=slots,
             device=self._device,
             dtype=dtype,
             codec=self._codecs.of(self.folder),
             positions=POSITIONS,
             limits=Limits(
-                slots=self._slots,
-                codec_frames=max(64, self._slots),
+                slots=slots,
+                codec_frames=max(64, slots),
                 outbox_frames=POSITIONS,  # a slow reader costs 8 MB at most, but never holds a slot
             ),
         )
         self._codecs.keep(self.folder, model.codec)
         return model
+
+    def _fitting_slots(self, dtype: torch.dtype) -> int:
+        """As many as wanted, halved until they fit into memory; NotReady if the fewest do not."""
+        slots = self._slots
+        while True:
+            try:
+                qwen3_memory.require(
+                    self.folder, self.config, slots=slots, positions=POSITIONS, dtype=dtype, device=self._device
+                )
+            except NotReady:
+                if slots == self._fewest_slots:
+                    raise
+                slots = max(self._fewest_slots, slots // 2)
+            else:
+                return slots
 
     async def _speak_once(self, model: SpeechModel) -> None:
         """What is slow the first time shall not be a listener's first sound."""

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 class Qwen3TTSBackend:
     """Implements `Backend` with Qwen3-TTS 12 Hz checkpoints, best first.
 
-    `models`: folders or names of the hub's. `slots`: segments that each speaks at once. `dtype`: of the language
-    models, "float32" or "bfloat16"; None for float32 on a CPU and bfloat16 elsewhere. `unload_after_s`: as Qwen3Model.
+    `models`: folders or names of the hub's. `slots`: segments that each speaks at once, fewer with `fewer_slots` where
+    memory is short. `dtype`: of the language models, "float32" or "bfloat16"; None for float32 on a CPU and bfloat16
+    elsewhere. `unload_after_s`: as Qwen3Model.
     """
 
     name = "qwen3"
@@ -36,11 +37,13 @@ class Qwen3TTSBackend:
         *,
         models: Sequence[str],
         slots: int,
+        fewer_slots: bool = False,
         device: str = "cpu",
         dtype: str | None = None,
         unload_after_s: float = 0.0,
     ) -> None:
-        self._names, self._slots, self._device = models, slots, device
+        self._names, self._device = models, device
+        self._slots, self._fewer_slots = slots, fewer_slots
         self._dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         self._unload_after_s = unload_after_s
         self._phase = Readiness(False, "starting")
@@ -119,6 +122,7 @@ class Qwen3TTSBackend:
             model = Qwen3Model(
                 folder,
                 slots=self._slots,
+                fewer_slots=self._fewer_slots,
                 device=self._device,
                 dtype=self._dtype,
                 codecs=codecs,

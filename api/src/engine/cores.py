@@ -1,4 +1,4 @@
-"""How many cores this process may use: by its affinity, and by its control group's share of time. Linux; else all."""
+"""How many cores this process may use: by its affinity, its control group's share of time, and OMP_NUM_THREADS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _ROOT = Path("/sys/fs/cgroup")
 def usable_cores(root: Path = _ROOT) -> int:
     """At least 1. A quota of 1.5 cores counts as 2."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *_quotas(root)]))
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min([allowed, *_quotas(root), *([int(wanted)] if wanted.isdecimal() else [])]))
 
 
 def _quotas(root: Path) -> list[int]:

@@ -123,6 +123,11 @@ class Engine:
         return Ticket(self, job)
 
     @property
+    def slots(self) -> int:
+        """How many requests are spoken at once."""
+        return self._stepper.scheduler.limits.slots
+
+    @property
     def running(self) -> bool:
         """Whether requests are served."""
         return self._thread is not None and self._thread.is_alive() and not self._stopping
