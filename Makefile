@@ -46,7 +46,7 @@ bench-simulate: $(VENV)/.test ## simulate the scheduler under load, with estimat
 	$(BIN)/python -m tests.bench.simulate $(ARGS)
 
 clean: ## remove what was installed and cached
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-official .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
 
 $(VENV)/.serve: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -16,23 +16,17 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from api.src.engine.codec import CodecDecoder
-from api.src.engine.device_steps import GraphedSteps, Steps
 from api.src.engine.graphs import CODEC_FRAMES, Run, eagerly, fitting, parts, up_to
-from api.src.engine.language_model import LanguageModel
 from api.src.engine.linear import Linear
 from api.src.engine.loading import load_model
 from api.src.engine.messages import Delivery, Request
-from api.src.engine.prompt import Prompt, PromptBuilder
+from api.src.engine.prompt import Prompt
 from api.src.engine.sampling import Sampling
-from api.src.engine.tokenizer import TextTokenizer
 from tests.engine.checkpoints import tiny
+from tests.engine.step_pairs import GREEDY, POSITIONS, SLOTS, StepPair, spoken_greedily
 from tests.engine.streams import Case, cases
 
-GREEDY = Sampling(do_sample=False, subtalker_dosample=False)
 TEXTS = ["Hello world.", "One two three four.", "She said she would be here by noon."]
-SLOTS = 3
-POSITIONS = 128
 
 
 def traced(run: Run) -> Run:
@@ -85,43 +79,19 @@ def plain_linears() -> Iterator[None]:
         yield
 
 
-class Loaded:
-    """A tiny checkpoint with both kinds of steps."""
-
-    def __init__(self, kind: str, capture: Callable[[Run], Run], sampling: Sampling, slots: int = SLOTS) -> None:
-        folder = tiny(kind)
-        self.model, codec = LanguageModel.load(folder), CodecDecoder.load(folder)
-        self.builder = PromptBuilder(self.model.config, TextTokenizer(folder), self.model.talker)
-        arenas: dict[str, Any] = {"slots": slots, "positions": POSITIONS, "text_rows": 64}
-        self.plain = Steps(self.model, codec, **arenas)
-        self.graphed = GraphedSteps(self.model, codec, **arenas, codec_frames=16, sampling=sampling, capture=capture)
-        self.graphed.prepare()
-
-
 @pytest.fixture(scope="module")
-def greedy(plain_linears: None) -> dict[str, Loaded]:
-    return {kind: Loaded(kind, eagerly, GREEDY) for kind in ("custom_voice", "voice_design", "base")}
+def greedy(plain_linears: None) -> dict[str, StepPair]:
+    return {kind: StepPair(kind, eagerly, GREEDY) for kind in ("custom_voice", "voice_design", "base")}
 
 
 @pytest.mark.parametrize(
     "name", [name for name, case in cases().items() if "_" in case.checkpoint or case.checkpoint == "base"]
 )
-def test_golden_cases_are_spoken_as_without_graphs(greedy: dict[str, Loaded], name: str) -> None:
+def test_golden_cases_are_spoken_as_without_graphs(greedy: dict[str, StepPair], name: str) -> None:
     case: Case = cases()[name]
     loaded = greedy[case.checkpoint]
-    steps = loaded.graphed
-    rows = loaded.builder.rows(case.prompt)
-    slot = SLOTS - 1
-    steps.prefill([(slot, rows, GREEDY)])
-    frames = []
-    while len(frames) < case.limit:
-        [codes] = steps.frame([slot])
-        if codes[0] == loaded.model.eos:
-            break
-        frames.append(codes)
-    steps.slots.leave(slot)
-    assert np.array_equal(torch.stack(frames), case.codes)
-    assert steps.missed == 0
+    assert np.array_equal(spoken_greedily(loaded, case), case.codes)
+    assert loaded.graphed.missed == 0
 
 
 @pytest.mark.parametrize(("capture", "steps", "chunks"), [(eagerly, 120, (1, 3, 7)), (traced, 30, (1,))])
@@ -132,7 +102,7 @@ def test_streams_that_come_and_go_are_as_without_graphs(
 
     Tracing takes seconds for a shape: few shapes then.
     """
-    loaded = Loaded("custom_voice", capture, Sampling(), slots=3 if capture is eagerly else 2)
+    loaded = StepPair("custom_voice", capture, Sampling(), slots=3 if capture is eagerly else 2)
     rng = random.Random(7)
     streams: dict[int, list[Tensor]] = {}
     for number in range(steps):
@@ -151,7 +121,7 @@ def test_streams_that_come_and_go_are_as_without_graphs(
     assert loaded.graphed.missed == 0
 
 
-def _join(loaded: Loaded, rng: random.Random, streams: dict[int, list[Tensor]], number: int) -> None:
+def _join(loaded: StepPair, rng: random.Random, streams: dict[int, list[Tensor]], number: int) -> None:
     free = [slot for slot in range(loaded.graphed.slots.count - 1) if slot not in streams]
     if not free or rng.random() < 0.5:
         return
@@ -165,7 +135,7 @@ def _join(loaded: Loaded, rng: random.Random, streams: dict[int, list[Tensor]], 
     streams |= {slot: [] for slot in chosen}
 
 
-def _sound(loaded: Loaded, streams: dict[int, list[Tensor]], frames: int) -> None:
+def _sound(loaded: StepPair, streams: dict[int, list[Tensor]], frames: int) -> None:
     ready = [slot for slot, codes in streams.items() if len(codes) >= frames]
     if not ready:
         return
@@ -177,7 +147,7 @@ def _sound(loaded: Loaded, streams: dict[int, list[Tensor]], frames: int) -> Non
 
 
 def test_a_shape_that_was_not_foreseen_runs_and_is_counted(plain_linears: None) -> None:
-    loaded = Loaded("custom_voice", eagerly, GREEDY)
+    loaded = StepPair("custom_voice", eagerly, GREEDY)
     entry = (0, loaded.builder.rows(Prompt("Hello world.", "english", "Vivian")), Sampling(seed=1))
     for steps in (loaded.plain, loaded.graphed):
         steps.prefill([entry])
@@ -185,8 +155,32 @@ def test_a_shape_that_was_not_foreseen_runs_and_is_counted(plain_linears: None) 
     assert loaded.graphed.missed == 1
 
 
+def test_a_device_that_refuses_graphs_speaks_without(plain_linears: None, caplog: pytest.LogCaptureFixture) -> None:
+    captured: list[Run] = []
+
+    def soon_exhausted(run: Run) -> Run:
+        if len(captured) == 3:
+            raise torch.OutOfMemoryError("no room for a graph")
+        captured.append(run)
+        return run
+
+    loaded = StepPair("custom_voice", soon_exhausted, GREEDY)
+    assert len(loaded.graphed.graphs) == 3
+    entry = (0, loaded.builder.rows(Prompt("Hello world.", "english", "Vivian")), GREEDY)
+    for steps in (loaded.plain, loaded.graphed):
+        steps.prefill([entry])
+        steps.sounds.reset(0)
+    for _ in range(3):
+        one, other = loaded.plain.frame([0]), loaded.graphed.frame([0])
+        assert torch.equal(one, other)
+        sounds = [steps.sound([0], one[:, None]) for steps in (loaded.plain, loaded.graphed)]
+        assert (sounds[0] - sounds[1]).abs().max() < 1e-4
+    assert loaded.graphed.missed == 7
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+
+
 def test_the_spare_slot_s_positions_never_run_out(plain_linears: None) -> None:
-    loaded = Loaded("custom_voice", eagerly, GREEDY)
+    loaded = StepPair("custom_voice", eagerly, GREEDY)
     for _ in range(3):
         entry = (0, loaded.builder.rows(Prompt("Hello world.", "english", "Vivian")), GREEDY)
         loaded.graphed.prefill([entry])

@@ -152,7 +152,12 @@ class GraphedSteps(Steps):
 
     def _capture_prompts(self, batch: int, length: int) -> None:
         index, x = self._index[batch], self._prompts[:batch, :length]
-        self.graphs.add(("prompts", batch, length), lambda: self.model.store_padded(self.slots, index.tensor, x))
+
+        def run() -> Tensor:
+            self.model.store_padded(self.slots, index.tensor, x)
+            return index.tensor  # of no interest: what counts is in the arenas
+
+        self.graphs.add(("prompts", batch, length), run)
 
     # --- frames ---
 

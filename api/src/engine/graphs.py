@@ -85,26 +85,37 @@ def parts(frames: int, sizes: Sequence[int] = CODEC_FRAMES) -> list[int]:
 
 
 class Graphs:
-    """Captured runs by their shape."""
+    """Captured runs by their shape. `missed`: how often one was looked for in vain."""
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self._runs: dict[Hashable, Run] = {}
+        self._broken = False
         self.missed = 0
 
     def __len__(self) -> int:
         return len(self._runs)
 
     def add(self, shape: Hashable, run: Run) -> None:
-        """Capture `run`, which reads and writes the same tensors each time. It is run: its slots must be free."""
-        self._runs[shape] = self._capture(run)
+        """Capture `run`, which reads and writes the same tensors each time. It is run: its slots must be free.
+
+        Where the device refuses, this shape and all later ones go without: slow speech is better than none.
+        """
+        if self._broken:
+            return
+        try:
+            self._runs[shape] = self._capture(run)
+        except RuntimeError:  # torch's, out of memory included
+            _log.exception("the device refuses a graph for %s: this and all further work runs without", shape)
+            self._broken = True
 
     def find(self, shape: Hashable) -> Run | None:
-        """The captured run; None, counted and logged, for a shape that was not foreseen."""
+        """The captured run; None, and counted, if there is none."""
         run = self._runs.get(shape)
         if run is None:
             self.missed += 1
-            _log.warning("no graph for %s: it runs without one", shape)
+            if not self._broken:
+                _log.warning("no graph was foreseen for %s", shape)
         return run
 
 

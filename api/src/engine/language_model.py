@@ -95,7 +95,7 @@ class LanguageModel:
         places = torch.cat([torch.arange(length) for length in lengths]).to(self.weight.device)
         self.talker(torch.cat(list(prompts)), state.rotation.at(places), PromptMemory(state.talker, slots, lengths))
 
-    def store_padded(self, state: Slots, index: Tensor, x: Tensor) -> Tensor:
+    def store_padded(self, state: Slots, index: Tensor, x: Tensor) -> None:
         """As `store`, of one shape: index (B,), x (B, L, H), each prompt followed by any rows.
 
         What those leave in a slot lies behind its prompt: each position is overwritten before it is first attended to.
@@ -103,8 +103,7 @@ class LanguageModel:
         rows, length, _ = x.shape
         places = torch.arange(length, device=x.device).repeat(rows)
         memory = PaddedPromptMemory(state.talker, index, length)
-        out: Tensor = self.talker(x.flatten(0, 1), state.rotation.at(places), memory)
-        return out
+        self.talker(x.flatten(0, 1), state.rotation.at(places), memory)
 
     @torch.inference_mode()
     def frame_step(self, state: Slots, slots: Sequence[int]) -> Tensor:
