@@ -10,7 +10,7 @@ GPU   := $(if $(filter auto,$(ASKED)),$(shell nvidia-smi -L 2>/dev/null | head -
 SERVE := $(if $(or $(filter qwen3,$(ASKED)),$(GPU)),.qwen3,.serve)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-cpu bench-simulate clean
+.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-simulate clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ bench: $(VENV)/.test ## measure the running server against itself and a bare fil
 
 bench-server: $(VENV)/.test ## measure speech over HTTP under load (make bench-server ARGS="--model FOLDER")
 	$(BIN)/python -m tests.bench.tts_load $(ARGS)
+
+bench-engine: $(VENV)/.test ## measure the engine alone, on the GPU if there is one (ARGS="--size 1.7b --costs FILE")
+	$(BIN)/python -m tests.bench.engine $(ARGS)
 
 bench-cpu: $(VENV)/.test .venv-official/.installed ## measure the engine on the CPU beside the official package
 	$(BIN)/python -m tests.bench.cpu --official .venv-official/bin/python $(ARGS)

@@ -121,7 +121,9 @@ class GraphedSteps(Steps):
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Capture every shape, the largest first, as smaller ones fit into the memory that it takes."""
+        """Capture every shape, once; the largest first, as smaller ones fit into the memory that it takes."""
+        if len(self.graphs):
+            return
         for length in reversed(self._lengths):
             for batch in reversed(self._batches):
                 self._capture_prompts(batch, length)
