@@ -29,7 +29,7 @@ from .graphs import (
 )
 from .language_model import Entry, LanguageModel
 from .sampling import Sampling
-from .slots import Plan, Slots
+from .slots import Slots, StepShape
 
 
 class Steps:
@@ -132,7 +132,7 @@ class GraphedSteps(Steps):
                 self._capture_sound(rows, frames)
         for span in reversed(self._spans):
             for rows in reversed(self._rows):
-                self._capture_frame(Plan(rows, span, *self._widths))
+                self._capture_frame(StepShape(rows, span, *self._widths))
 
     # --- prompts ---
 
@@ -166,9 +166,9 @@ class GraphedSteps(Steps):
     @torch.inference_mode()
     def frame(self, slots: Sequence[int]) -> Tensor:
         """As Steps.frame."""
-        plan = self.slots.plan(slots)
-        rows, span = fitting(self._rows, plan.rows), fitting(self._spans, plan.span)
-        run = self.graphs.find(("frame", rows, span, plan.width, plan.subtalker_width))
+        shape = self.slots.shape(slots)
+        rows, span = fitting(self._rows, shape.rows), fitting(self._spans, shape.span)
+        run = self.graphs.find(("frame", rows, span, shape.width, shape.subtalker_width))
         if run is None or rows is None:
             return self.model.frame_step(self.slots, slots)
         self._index[rows].set(slots)
@@ -176,15 +176,15 @@ class GraphedSteps(Steps):
         self.slots.advance(slots)
         return codes
 
-    def _capture_frame(self, plan: Plan) -> None:
-        index = self._index[plan.rows]
+    def _capture_frame(self, shape: StepShape) -> None:
+        index = self._index[shape.rows]
 
         def run() -> Tensor:
-            codes = self.model.frame(self.slots, index.tensor, plan)
+            codes = self.model.frame(self.slots, index.tensor, shape)
             self.slots.progress[self._spare] = 0  # nobody resets it, and its positions must not run out
             return codes
 
-        self.graphs.add(("frame", *plan), run)
+        self.graphs.add(("frame", *shape), run)
 
     # --- sound ---
 

@@ -17,7 +17,7 @@ from .layers import rotations
 from .linear import settle, settle_one
 from .prompt import PromptRows
 from .sampling import Sampling, choose, draws, penalise
-from .slots import FrameMemory, Lengths, PaddedPromptMemory, Plan, PromptMemory, Slots, StepMemory
+from .slots import FrameMemory, Lengths, PaddedPromptMemory, PromptMemory, Slots, StepMemory, StepShape
 from .talker import Talker
 from .weights import Checkpoint, empty, load
 
@@ -114,16 +114,16 @@ class LanguageModel:
         Raises:
             EngineError: a slot whose positions are used up.
         """
-        plan = state.plan(slots)
+        shape = state.shape(slots)
         index = torch.tensor(slots, device=self.weight.device)
-        codes = self.frame(state, index, plan, state.lengths(slots))
+        codes = self.frame(state, index, shape, state.lengths(slots))
         state.advance(slots)
         return codes
 
-    def frame(self, state: Slots, index: Tensor, plan: Plan, lengths: Lengths = ()) -> Tensor:
+    def frame(self, state: Slots, index: Tensor, shape: StepShape, lengths: Lengths = ()) -> Tensor:
         """The device's part of frame_step: index (B,) -> codes (B, C). `lengths`: as StepMemory."""
         rows = state.rows(index)
-        memory = StepMemory(state.talker, index, rows.positions, lengths, plan.span)
+        memory = StepMemory(state.talker, index, rows.positions, lengths, shape.span)
         hidden = self.talker(state.next_input[index], state.rotation.at(rows.positions), memory)
         hidden = self.talker.model.norm(hidden)  # (B, H): the head's input and the code predictor's
         uniform = draws(rows.keys, rows.frames, self.config.talker_config.num_code_groups)  # (B, C)
@@ -131,11 +131,11 @@ class LanguageModel:
         logits = penalise(self.talker.codec_head(hidden).float(), state.seen[index], rows.penalty)  # (B, V)
         too_early = (rows.frames < rows.min_new_tokens)[:, None] & self.is_eos
         logits = logits.masked_fill(self.suppressed | too_early, -torch.inf)
-        first = choose(logits, rows.talker, uniform[:, 0], plan.width)
+        first = choose(logits, rows.talker, uniform[:, 0], shape.width)
 
-        scratch = FrameMemory(state.predictor, plan.rows)
+        scratch = FrameMemory(state.predictor, shape.rows)
         rest = self.talker.code_predictor(
-            hidden, first, self.predictor_rotation, scratch, rows.subtalker, uniform[:, 1:], plan.subtalker_width
+            hidden, first, self.predictor_rotation, scratch, rows.subtalker, uniform[:, 1:], shape.subtalker_width
         )
         codes = torch.cat((first[:, None], rest), dim=1)
         state.commit(index, rows, first, self.talker.frames(codes))

@@ -163,4 +163,7 @@ def load_model(
 def _prepare(steps: Steps, threads: int) -> None:
     """In the engine's thread: what torch keeps by thread, and what must not be done while requests wait."""
     torch.set_num_threads(threads)
+    device = steps.sounds.positions.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     steps.prepare()

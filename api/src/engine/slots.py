@@ -136,7 +136,7 @@ class Rows(NamedTuple):
     text_rows: Tensor
 
 
-class Plan(NamedTuple):
+class StepShape(NamedTuple):
     """All that may shape a step: the key of a captured graph."""
 
     rows: int
@@ -242,14 +242,14 @@ class Slots:
         stream = self.streams[slot]
         return stream.frame >= stream.text_rows
 
-    def plan(self, slots: Sequence[int]) -> Plan:
+    def shape(self, slots: Sequence[int]) -> StepShape:
         """The shape of a step of `slots`."""
         streams = [self.streams[slot] for slot in slots]
         if any(stream.length >= self.positions for stream in streams):
             raise EngineError(f"a slot has used all of its {self.positions} positions")
         longest = max(stream.length for stream in streams) + 1
         span = min(self.positions, 1 << (longest - 1).bit_length())
-        return Plan(len(slots), span, *(max(s.widths[i] for s in streams) for i in (0, 1)))
+        return StepShape(len(slots), span, *(max(s.widths[i] for s in streams) for i in (0, 1)))
 
     def rows(self, index: Tensor) -> Rows:
         """The step's rows: index (B,)."""

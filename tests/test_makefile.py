@@ -1,0 +1,51 @@
+"""What `make serve` installs: Qwen3-TTS only where it is asked for, or where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GPU = "echo 'GPU 0: a fast one'"
+NO_GPU = "exit 9"
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "environment", "dotenv", "installed"),
+    [
+        (NO_GPU, {}, "", False),
+        (NO_GPU, {"TTS_BACKEND": "qwen3"}, "", True),
+        (NO_GPU, {}, "TTS_BACKEND=qwen3\n", True),
+        (NO_GPU, {"TTS_BACKEND": "embedded"}, "TTS_BACKEND=qwen3\n", False),
+        (GPU, {}, "", True),
+        (GPU, {"TTS_BACKEND": "auto"}, "", True),
+        (GPU, {"TTS_BACKEND": "embedded"}, "", False),
+        (GPU, {}, "TTS_BACKEND=embedded\n", False),
+    ],
+)
+def test_what_serve_installs(
+    tmp_path: Path, nvidia_smi: str, environment: dict[str, str], dotenv: str, installed: bool
+) -> None:
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".env").write_text(dotenv)
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+    tool.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TTS_", "MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", "--dry-run", "serve"],
+        cwd=tmp_path,
+        env=kept | environment | {"PATH": f"{tool.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '".[pico,piper]"' in done.stdout
+    assert ('".[pico,piper,qwen3]"' in done.stdout) == installed
+    assert "qwen3-tts serve" in done.stdout
