@@ -20,6 +20,9 @@ CODEC_SLOT_BYTES = 6_000_000
 WORKING_BYTES = 300_000_000
 """What torch itself and the largest step take beside weights and slots."""
 
+GPU_WORKING_BYTES = 2_000_000_000
+"""The same on a GPU: libraries' workspaces and more than a hundred graphs. Not measured yet, hence generous."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
@@ -45,9 +48,10 @@ def needed_bytes(
     # On a CPU that has kernels for them, weights stay at 16 bits whatever the dtype.
     narrow = device == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
     scale = 1.0 if narrow else width / 2
+    working = WORKING_BYTES if device == "cpu" else GPU_WORKING_BYTES
     language_model = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     codec = sum(path.stat().st_size for path in (folder / "speech_tokenizer").glob("*.safetensors"))
-    return int(language_model * scale) + codec + slots * (keys * positions + CODEC_SLOT_BYTES) + WORKING_BYTES
+    return int(language_model * scale) + codec + slots * (keys * positions + CODEC_SLOT_BYTES) + working
 
 
 def free_bytes(device: str) -> int | None:
