@@ -33,11 +33,12 @@ class StepPair:
         slots: int = SLOTS,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        positions: int = POSITIONS,
     ) -> None:
         folder = tiny(kind)
         self.model, codec = LanguageModel.load(folder, dtype, device), CodecDecoder.load(folder, device=device)
         self.builder = PromptBuilder(self.model.config, TextTokenizer(folder), self.model.talker)
-        arenas: dict[str, Any] = {"slots": slots, "positions": POSITIONS, "text_rows": 64}
+        arenas: dict[str, Any] = {"slots": slots, "positions": positions, "text_rows": 64}
         self.plain = Steps(self.model, codec, **arenas)
         self.graphed = GraphedSteps(self.model, codec, **arenas, codec_frames=16, sampling=sampling, capture=capture)
         self.graphed.prepare()

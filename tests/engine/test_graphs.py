@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from api.src.engine.graphs import CODEC_FRAMES, Run, eagerly, fitting, parts, up_to
+from api.src.engine.graphs import CODEC_FRAMES, LONG_PROMPT, Run, eagerly, fitting, parts, up_to
 from api.src.engine.linear import Linear
 from api.src.engine.loading import load_model
 from api.src.engine.messages import Delivery, Request
@@ -144,6 +144,21 @@ def _sound(loaded: StepPair, streams: dict[int, list[Tensor]], frames: int) -> N
     assert (one - other).abs().max() < 1e-4
     for slot in ready:
         del streams[slot][:frames]
+
+
+def test_prompts_of_any_length_enter_together(plain_linears: None) -> None:
+    """Short ones in one batch, long ones alone, and none by a shape that was missed."""
+    pair = StepPair("custom_voice", eagerly, GREEDY, slots=4, positions=400)
+    lengths = (3, 100, 20, 50)
+    texts = [" ".join(["one"] * length) for length in lengths]
+    prompts = [pair.builder.rows(Prompt(text, "english", "Vivian")) for text in texts]
+    assert [len(prompt.rows) > LONG_PROMPT for prompt in prompts] == [False, True, False, True]
+    entries = [(slot, prompt, GREEDY) for slot, prompt in enumerate(prompts)]
+    for steps in (pair.plain, pair.graphed):
+        steps.prefill(entries)
+    for _ in range(4):
+        assert torch.equal(pair.plain.frame([0, 1, 2, 3]), pair.graphed.frame([0, 1, 2, 3]))
+    assert pair.graphed.missed == 0
 
 
 def test_a_shape_that_was_not_foreseen_runs_and_is_counted(plain_linears: None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .codec import CodecDecoder, CodecState
 from .graphs import (
     CODEC_FRAMES,
+    LONG_PROMPT,
     PROMPT_BATCH,
     PROMPT_LENGTHS,
     ROWS,
@@ -125,7 +126,7 @@ class GraphedSteps(Steps):
         if len(self.graphs):
             return
         for length in reversed(self._lengths):
-            for batch in reversed(self._batches):
+            for batch in reversed(self._batches if length <= LONG_PROMPT else self._batches[:1]):
                 self._capture_prompts(batch, length)
         for frames in CODEC_FRAMES:
             for rows in reversed(self._codec_rows[frames]):
@@ -138,8 +139,12 @@ class GraphedSteps(Steps):
 
     def prefill(self, entries: Sequence[Entry]) -> None:
         """As Steps.prefill, a graph's batch at a time."""
-        for start in range(0, len(entries), self._batches[-1]):
-            self.model.prefill(self.slots, entries[start : start + self._batches[-1]], self._store)
+        most = self._batches[-1]
+        short = [entry for entry in entries if len(entry[1].rows) <= LONG_PROMPT]
+        groups = [short[start : start + most] for start in range(0, len(short), most)]
+        groups += [[entry] for entry in entries if len(entry[1].rows) > LONG_PROMPT]
+        for group in groups:
+            self.model.prefill(self.slots, group, self._store)
 
     def _store(self, state: Slots, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
         batch, length = fitting(self._batches, len(slots)), fitting(self._lengths, max(map(len, prompts)))

@@ -22,8 +22,10 @@ ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sizes of a batch. Padding costs little where weights are what is read, so they may be coarse."""
 SPANS = (128, 256, 512, 1024, 2048, 4096)
 """How many positions a step's attention reads."""
-PROMPT_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+PROMPT_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 PROMPT_BATCH = (1, 2, 4, 8)
+LONG_PROMPT = 128
+"""Longer prompts go alone: shorter ones beside them would be padded to many times their length."""
 CODEC_FRAMES = (16, 8, 4, 2, 1)
 """What chunks are taken apart into, largest first: no frame can be added to a stream to fill a shape."""
 
