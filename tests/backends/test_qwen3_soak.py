@@ -163,7 +163,7 @@ class House:
         assert sorted(stepper.scheduler._free) == list(range(SLOTS))
         assert not stepper.jobs
         assert not stepper._runner._slots.streams
-        assert not stepper._runner._entered
+        assert not stepper._runner._pads
 
 
 async def _segments(texts: Sequence[str]) -> AsyncIterator[Segment]:

@@ -68,7 +68,7 @@ def speaking(kind: str, **options: object) -> Iterator[SpeechModel]:
         stats = model.engine.stats()
         assert (stats.waiting, stats.active) == (0, 0)
         runner = model.engine._stepper._runner
-        assert not runner._entered
+        assert not runner._pads
         assert not runner._slots.streams
     finally:
         assert model.engine.stop(10)

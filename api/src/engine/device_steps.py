@@ -42,11 +42,13 @@ class Steps:
         self.model, self.codec = model, codec
         self.slots = model.new_slots(slots, positions, text_rows)
         self.sounds = CodecState(codec, slots)
+        groups, device = model.config.talker_config.num_code_groups, self.sounds.positions.device
+        self.codes = torch.zeros(slots, positions, groups, dtype=torch.int64, device=device)  # by slot and frame
 
     @property
     def nbytes(self) -> int:
         """Memory of all that slots can ever hold."""
-        return self.slots.bytes() + self.sounds.nbytes
+        return self.slots.bytes() + self.sounds.nbytes + self.codes.nbytes
 
     @property
     def missed(self) -> int:
@@ -72,8 +74,9 @@ class Steps:
         """codes (B, T, C) of the slots' next frames -> samples (B, T * samples per frame)."""
         return self.codec.decode(codes, self.index(slots), self.sounds)
 
-    def index(self, slots: Sequence[int]) -> Tensor:
-        return torch.tensor(slots, device=self.sounds.positions.device)
+    def index(self, numbers: Sequence[int]) -> Tensor:
+        """Numbers (B,), slots or others, where the arenas are."""
+        return torch.tensor(numbers, device=self.sounds.positions.device)
 
 
 class GraphedSteps(Steps):
@@ -110,7 +113,7 @@ class GraphedSteps(Steps):
         self._index = {rows: Index(rows, self._spare, device) for rows in {*self._rows, *self._batches}}
         self._prompts = model.weight.new_zeros(self._batches[-1], self._lengths[-1], width)
         groups = model.config.talker_config.num_code_groups
-        self._codes = torch.zeros(slots, max(CODEC_FRAMES), groups, dtype=torch.int64, device=device)
+        self._sound_codes = torch.zeros(slots, max(CODEC_FRAMES), groups, dtype=torch.int64, device=device)
 
     @property
     def missed(self) -> int:
@@ -206,9 +209,9 @@ class GraphedSteps(Steps):
         if run is None or rows is None:
             return super().sound(slots, codes)
         self._index[rows].set(slots)
-        self._codes[: len(slots), :frames] = codes
+        self._sound_codes[: len(slots), :frames] = codes
         return run()[: len(slots)].clone()
 
     def _capture_sound(self, rows: int, frames: int) -> None:
-        index, codes = self._index[rows], self._codes[:rows, :frames]
+        index, codes = self._index[rows], self._sound_codes[:rows, :frames]
         self.graphs.add(("sound", rows, frames), lambda: self.codec.decode(codes, index.tensor, self.sounds))

@@ -1,6 +1,6 @@
 """Carrying out the scheduler's plans in torch: prompts into slots, frames of codes, sound.
 
-Owns what belongs to a slot besides the arenas (codes that wait for the codec) and the grouping of work into batches.
+Owns the codes that wait for the codec, and the grouping of work into batches.
 Does not own the arenas and the work on them (device_steps.py), nor who is served when (scheduler.py).
 """
 
@@ -19,19 +19,6 @@ from .sampling import Sampling
 from .scheduler import Slot, Work
 
 
-class Entered:
-    """What a slot has besides the arenas: the row that follows all text, and codes (C,) that have no sound yet."""
-
-    def __init__(self, pad: Tensor) -> None:
-        self.pad = pad
-        self.codes: list[Tensor] = []
-
-    def take(self, frames: int) -> Tensor:
-        """The next frames' codes (frames, C)."""
-        taken, self.codes = self.codes[:frames], self.codes[frames:]
-        return torch.stack(taken)
-
-
 class TorchRunner:
     """Implements steps.Runner. Requests have a Prompt and a Sampling; text that is appended is str."""
 
@@ -39,7 +26,8 @@ class TorchRunner:
         self.steps = steps
         self._builder, self._slots, self._sounds = builder, steps.slots, steps.sounds
         self._eos = steps.model.eos
-        self._entered: dict[int, Entered] = {}
+        self._codes = steps.codes
+        self._pads: dict[int, Tensor] = {}  # of each slot, the row (H,) that follows all text
 
     @torch.inference_mode()
     def prefill(self, slots: Sequence[Slot]) -> list[int]:
@@ -57,7 +45,7 @@ class TorchRunner:
         return [len(r.trailing) for r in rows]
 
     def _enter(self, slot: Slot, prompt: Prompt, rows: PromptRows) -> None:
-        self._entered[slot.index] = Entered(rows.pad)
+        self._pads[slot.index] = rows.pad
         self._sounds.reset(slot.index)
         if prompt.reference is not None and prompt.reference.codes is not None:
             clip = prompt.reference.codes[None].to(self._sounds.positions)  # (1, F, C)
@@ -72,7 +60,7 @@ class TorchRunner:
         if not rows:
             return 0
         joined = torch.cat(rows)  # (R, H)
-        self._slots.append(slot.index, joined, self._entered[slot.index].pad)
+        self._slots.append(slot.index, joined, self._pads[slot.index])
         self._bound(slot)
         return len(joined)
 
@@ -80,16 +68,13 @@ class TorchRunner:
         """A slot whose positions are used up ends with "length", as one whose budget is."""
         slot.job.max_frames = min(slot.job.max_frames, slot.frames_done + self._slots.room(slot.index))
 
+    @torch.inference_mode()
     def decode(self, slots: Sequence[Slot]) -> list[int | None]:
-        """As Runner.decode."""
-        codes = self.steps.frame([slot.index for slot in slots])  # (B, C)
-        firsts: list[int | None] = []
-        for slot, code, frame in zip(slots, codes[:, 0].tolist(), codes, strict=True):
-            ended = code == self._eos
-            firsts.append(None if ended else code)
-            if not ended:
-                self._entered[slot.index].codes.append(frame)
-        return firsts
+        """As Runner.decode. Frames wait for the codec in the slot's own place."""
+        indices = [slot.index for slot in slots]
+        codes = self.steps.frame(indices)  # (B, C)
+        self._codes[self.steps.index(indices), self.steps.index([slot.frames_done for slot in slots])] = codes
+        return [None if code == self._eos else code for code in codes[:, 0].tolist()]
 
     @torch.inference_mode()
     def codec(self, work: Sequence[Work]) -> list[Sound]:
@@ -99,8 +84,11 @@ class TorchRunner:
             groups.setdefault(frames, []).append(slot)
         sounds: dict[int, Sound] = {}
         for frames, slots in groups.items():
-            codes = torch.stack([self._entered[slot.index].take(frames) for slot in slots])  # (B, T, C)
-            samples = self.steps.sound([slot.index for slot in slots], codes).float().cpu().numpy()
+            indices = [slot.index for slot in slots]
+            first = self.steps.index([slot.delivered for slot in slots])[:, None]
+            places = first + torch.arange(frames, device=first.device)  # (B, T)
+            codes = self._codes[self.steps.index(indices)[:, None], places]  # (B, T, C)
+            samples = self.steps.sound(indices, codes).float().cpu().numpy()
             made = zip(slots, samples, codes.cpu().numpy(), strict=True)
             sounds |= {slot.index: Sound(sound.copy(), chunk.copy()) for slot, sound, chunk in made}
         return [sounds[slot.index] for slot, _ in work]
@@ -108,7 +96,7 @@ class TorchRunner:
     def release(self, slot: Slot) -> None:
         """As Runner.release."""
         self._slots.leave(slot.index)
-        self._entered.pop(slot.index, None)
+        self._pads.pop(slot.index, None)
 
 
 def _prompt(slot: Slot) -> Prompt:
