@@ -6,16 +6,15 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 from api.src.cli import main
 from tests.engine.checkpoints import tiny
+from tests.engine.conftest import one_thread  # noqa: F401 (a fixture that this module's tests use by itself)
 from tests.engine.streams import golden
 
 ARRAYS, META = golden("golden")
@@ -23,15 +22,6 @@ CASES = META["cases"]
 KINDS = {"custom": "custom_voice", "design": "voice_design", "clone": "base"}
 SCRIPT = str(Path(sys.executable).with_name("qwen3-tts"))
 Found = dict[str, np.ndarray]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the engine's tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

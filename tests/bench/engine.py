@@ -176,9 +176,9 @@ class StepTimes:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Load, time the steps, run the loops."""
     device, slots = torch.device(options.device), max(options.streams)
-    speed = read_speed(getattr(torch, options.dtype)) if device.type == "cpu" else _gpu_read_speed(device)
-    begun = time.perf_counter()
     dtype = getattr(torch, options.dtype)
+    speed = read_speed(dtype, device)
+    begun = time.perf_counter()
     model = load_model(folder, slots=slots, device=device, dtype=dtype, positions=POSITIONS)
     with torch.inference_mode():
         model.steps.prepare()
@@ -201,19 +201,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "costs": {"source": f"measured on {options.device}, {options.size}, {options.dtype}", **costs},
         "loops": loops,
     }
-
-
-def _gpu_read_speed(device: torch.device) -> float:
-    """Bytes per second of a plain sum over 400 MB, the best of 5."""
-    block = torch.ones(100_000_000, device=device)
-    times = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        block.sum()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return block.nbytes / min(times[1:])
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +21,7 @@ import numpy as np
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Samples, Segment, SpeechRequest, Voice
 from ..errors import NotReady, SpeechError, SynthesisFailed
 from . import embedded_worker
-from .workers import WorkerPool
+from .workers import WorkerPool, python_module
 
 logger = logging.getLogger(__name__)
 
@@ -236,13 +234,12 @@ def pieces(chunk: AudioChunk) -> Iterator[AudioChunk]:
 
 def _pool(name: EngineName, workers: int) -> WorkerPool:
     engine = ENGINES[name]
-    # A worker finds what the server finds, wherever the server was started.
-    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, sys.path)])
+    command, environment = python_module(embedded_worker.__name__, name)
     return WorkerPool(
         name,
-        [sys.executable, "-P", "-m", embedded_worker.__name__, name],
+        command,
         1 if engine.single else workers,
-        environment={**engine.environment, "PYTHONPATH": path},
+        environment={**engine.environment, **environment},
         timeout_s=JOB_TIMEOUT_S,
     )
 

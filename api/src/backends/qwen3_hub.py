@@ -18,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 
 from ..engine.weights import INDEX, SINGLE
 from ..errors import NotReady
+from .workers import python_module
 
 FILES = ["*.json", "*.txt", "*.safetensors"]
 """What a checkpoint consists of; some repositories hold sounds and pictures beside it."""
@@ -78,16 +79,14 @@ def download(name: str) -> Path:
 
 async def download_apart(name: str) -> Path:
     """As `download`, in a process of its own: a thread could not be stopped, and gigabytes may be on their way."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, sys.path)])
-    }
+    command, environment = python_module(__name__, name)
     if not sys.stderr.isatty():
         environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a log is no place for a bar
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", __name__, name),
+        *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
-        env=environment,
+        env=os.environ | environment,
     )
     try:
         said, _ = await process.communicate()

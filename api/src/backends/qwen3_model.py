@@ -118,8 +118,9 @@ class Qwen3Model:
 
     def _loaded(self) -> SpeechModel | None:
         task = self._loading
-        done = task is not None and task.done() and not task.cancelled() and task.exception() is None
-        return task.result() if done and task is not None else None
+        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+            return None
+        return task.result()
 
     async def _load(self) -> SpeechModel:
         if self._loading is None:

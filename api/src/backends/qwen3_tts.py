@@ -108,8 +108,8 @@ class Qwen3TTSBackend:
             raise NotReady(f"{', '.join(self._models)} only clones voices, and has none of its own to speak with.")
         for model in self._models.values():
             self._phase = Readiness(False, "loading", model.served.id)
-            async with model.borrow():
-                pass
+            async with model.borrow() as loaded:
+                self._tokenizer = self._tokenizer or loaded.tokenizer  # all have the same vocabulary
 
     async def _open(self, name: str, codecs: Codecs) -> Qwen3Model:
         """The checkpoint behind a name, downloaded if need be, not loaded yet."""
@@ -119,7 +119,7 @@ class Qwen3TTSBackend:
             logger.info("downloading %s", name)
             folder = await qwen3_hub.download_apart(name)
         try:
-            model = Qwen3Model(
+            return Qwen3Model(
                 folder,
                 slots=self._slots,
                 fewer_slots=self._fewer_slots,
@@ -128,7 +128,5 @@ class Qwen3TTSBackend:
                 codecs=codecs,
                 unload_after_s=self._unload_after_s,
             )
-            self._tokenizer = self._tokenizer or TextTokenizer(folder)
         except EngineError as error:
             raise NotReady(str(error)) from error
-        return model

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from ..errors import NotReady, ShuttingDown, SpeechError, SynthesisFailed
 from . import wire
@@ -31,6 +33,13 @@ STDERR_TAIL = 2000
 
 # asyncio stops reading a pipe beyond its limit, and then never notices that the process has ended.
 _UNBOUNDED = 2**30
+
+
+def python_module(name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """The command that runs a module of this project in a process of its own, and what its environment needs."""
+    # It finds what the server finds, wherever the server was started.
+    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, sys.path)])
+    return [sys.executable, "-P", "-m", name, *arguments], {"PYTHONPATH": path}
 
 
 class WorkerDied(Exception):

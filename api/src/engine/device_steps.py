@@ -112,8 +112,7 @@ class GraphedSteps(Steps):
         device, width = model.weight.device, model.weight.shape[0]
         self._index = {rows: Index(rows, self._spare, device) for rows in {*self._rows, *self._batches}}
         self._prompts = model.weight.new_zeros(self._batches[-1], self._lengths[-1], width)
-        groups = model.config.talker_config.num_code_groups
-        self._sound_codes = torch.zeros(slots, max(CODEC_FRAMES), groups, dtype=torch.int64, device=device)
+        self._sound_codes = self.codes.new_zeros(slots, max(CODEC_FRAMES), self.codes.shape[2])
 
     @property
     def missed(self) -> int:
