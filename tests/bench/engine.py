@@ -1,7 +1,7 @@
 """`make bench-engine`: the engine alone on the device at hand, without HTTP, with random weights of the published size.
 
     python -m tests.bench.engine [--size 1.7b] [--folder DIR] [--device cuda:0] [--dtype bfloat16]
-                                 [--streams 1 8 32 64] [--requests 4] [--costs FILE] [--smoke]
+                                 [--streams 1 8 32 64] [--requests 4] [--costs FILE] [--profile 1 64] [--smoke]
 
 Closed loops: each stream asks again when its request has ended. Before them each kind of step is timed by itself,
 waiting for the device every time; `--costs FILE` keeps that for `make bench-simulate ARGS="--costs FILE"`. Prints
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from api.src.engine.graphs import ROWS, up_to
 from api.src.engine.loading import SpeechModel, load_model
@@ -40,6 +41,7 @@ POSITIONS = 1024
 REPEATS = 20
 PROMPT_ROWS = (16, 32, 64, 128)
 CHUNKS = (1, 2, 4, 8, 16)
+_PROFILED_FRAMES = 10
 
 
 @dataclass
@@ -119,7 +121,7 @@ class StepTimes:
         self._groups = config.num_code_groups
         self._device = self._row.device
 
-    def all(self) -> dict[str, dict[int, float]]:
+    def all(self) -> dict[str, Any]:
         """By size: as step_costs.Costs.of reads it."""
         batches = up_to(ROWS, self._slots)
         chunks = {frames: self.sound(1, frames) for frames in CHUNKS}
@@ -128,13 +130,19 @@ class StepTimes:
             "frame": {batch: self.frames(batch) for batch in batches},
             "prefill": {rows: self.prompt(rows) for rows in PROMPT_ROWS},
             "codec": chunks | most,
-            "first_codec": {batch: self.sound(batch, 1) for batch in batches},
-        }
+            "first_codec": {batch: self.sound(batch, 1, first=True) for batch in batches},
+        } | (self.host() if self._device.type == "cuda" else {})
 
-    def frames(self, batch: int) -> float:
+    def host(self) -> dict[str, Any]:
+        """What asking for a frame costs the host, by a line through one slot and all of them."""
+        few, many = self.frames(1, asked=True), self.frames(self._slots, asked=True)
+        slot = max(0.0, many - few) / max(1, self._slots - 1)
+        return {"queued": True, "step": round(few - slot, 4), "slot": round(slot, 4)}
+
+    def frames(self, batch: int, asked: bool = False) -> float:
         slots = list(range(batch))
         self._enter(slots, 30)
-        took = self._timed(lambda: self._steps.frame(slots))
+        took = self._timed(lambda: self._steps.frame(slots), asked)
         self._leave(slots)
         return took
 
@@ -145,9 +153,26 @@ class StepTimes:
 
         return self._timed(once)
 
-    def sound(self, batch: int, frames: int) -> float:
+    def sound(self, batch: int, frames: int, first: bool = False) -> float:
         codes = torch.randint(0, 1000, (batch, frames, self._groups), device=self._device)
-        return self._timed(lambda: self._steps.sound(list(range(batch)), codes).float().cpu())
+        sound = self._steps.first_sound if first else self._steps.sound
+        return self._timed(lambda: sound(list(range(batch)), codes).float().cpu())
+
+    def profile(self, batch: int, rows: int = 25) -> str:
+        """What frames of `batch` slots are made of: the operations or kernels that take the most time."""
+        slots = list(range(batch))
+        self._enter(slots, 30)
+        on_gpu = self._device.type == "cuda"
+        kinds = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+        with profile(activities=kinds) as profiler:
+            for _ in range(_PROFILED_FRAMES):
+                self._steps.frame(slots)
+            if on_gpu:
+                torch.cuda.synchronize()
+        self._leave(slots)
+        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        table: str = profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=80)
+        return table
 
     def _enter(self, slots: Sequence[int], rows: int) -> None:
         x = self._row.expand(rows, -1)
@@ -158,15 +183,16 @@ class StepTimes:
         for slot in slots:
             self._steps.slots.leave(slot)
 
-    def _timed(self, run: Callable[[], object]) -> float:
-        """The median of several, after one that does not count."""
+    def _timed(self, run: Callable[[], object], asked: bool = False) -> float:
+        """The median of several, after one that does not count. `asked`: only until the device was told."""
         times = []
         for _ in range(self._repeats + 1):
             begun = time.perf_counter()
             run()
+            told = time.perf_counter()
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - begun))
+            times.append(1000 * ((told if asked else time.perf_counter()) - begun))
         return round(statistics.median(times[1:]), 3)
 
 
@@ -183,7 +209,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with torch.inference_mode():
         model.steps.prepare()
         ready = time.perf_counter() - begun
-        costs = StepTimes(model, options.repeats).all()
+        times = StepTimes(model, options.repeats)
+        costs = times.all()
+        for batch in options.profile or []:
+            print(f"{_PROFILED_FRAMES} frames of {batch} slots:\n{times.profile(batch)}")
     model.engine.start()
     loops = [closed_loop(model, streams, options.requests, options.mean_frames) for streams in options.streams]
     model.engine.stop(30)
@@ -211,7 +240,7 @@ def show(figures: dict[str, Any]) -> None:
     )
     print(f"ready after {figures['ready_s']} s, {figures['missed']} steps without a graph")
     for name, times in figures["costs"].items():
-        if name != "source":
+        if isinstance(times, dict):
             floor = f"; the weights' bytes alone {figures['frame_floor_ms']} ms" if name == "frame" else ""
             report.table(f"{name}, ms by size{floor}", list(map(str, times)), [list(times.values())])
     names = list(figures["loops"][0])
@@ -247,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=4, help="of each stream, one after the other")
     parser.add_argument("--mean-frames", type=int, default=52)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of each step that is timed by itself")
+    parser.add_argument("--profile", type=int, nargs="+", help="also say what frames of so many slots are made of")
     parser.add_argument("--costs", type=Path, help="write what the steps take, for bench-simulate")
     parser.add_argument("--smoke", action="store_true", help="the tiny checkpoint, in seconds")
     return parser

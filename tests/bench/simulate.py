@@ -12,7 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import numpy as np
 
 from api.src.engine.engine import Engine
 from api.src.engine.messages import Delivery, Limits, Request, Sound
+from api.src.engine.pending import Pending
 from api.src.engine.scheduler import Slot, Work
 from tests.bench.playback import Playback
 from tests.bench.plots import Line, bars, svg
@@ -63,41 +64,79 @@ class Call(NamedTuple):
     batch: int
 
 
+class Coming(NamedTuple):
+    """A result of the simulated device: whoever waits for it moves the clock."""
+
+    clock: Clock
+    at: float
+    value: list[Any]
+
+    def ready(self) -> bool:
+        return self.clock.now >= self.at
+
+    def get(self) -> list[Any]:
+        self.clock.now = max(self.clock.now, self.at)
+        return self.value
+
+
 class CostRunner:
-    """Implements steps.Runner: every call takes the time that it costs, and every request gets all its frames."""
+    """Implements steps.Runner: every call takes the time that it costs, and every request gets all its frames.
+
+    A device has two queues: all work in its order, and first chunks, which wait for neither of the two that follow a
+    frame: bulk sound and the next frame.
+    """
 
     def __init__(self, costs: Costs, clock: Clock) -> None:
         self.calls: list[Call] = []
         self.step_is_new = True
         self._costs, self._clock = costs, clock
+        self._free = self._free_beside = self._framed = 0.0
 
     def prefill(self, slots: Sequence[Slot]) -> list[int]:
         rows = sum(slot.job.request.prompt_tokens for slot in slots)
-        self._spend("prefill", self._costs.prefill.seconds(rows), len(slots))
+        self._main("prefill", self._costs.prefill.seconds(rows), len(slots))
         return [0] * len(slots)
 
     def append(self, slot: Slot, text: Any, last: bool) -> int:
         raise NotImplementedError("the simulated requests have all their text")
 
-    def decode(self, slots: Sequence[Slot]) -> list[int | None]:
-        self._spend("decode", self._costs.frame.padded(len(slots)), len(slots))
-        return [slot.frames_done for slot in slots]
+    def decode(self, slots: Sequence[Slot]) -> Pending[list[int | None]]:
+        self._clock.now += self._costs.slot_s * len(slots)
+        self._main("decode", self._costs.frame.padded(len(slots)), len(slots))
+        self._framed = self._free
+        return self._coming(self._free, [slot.frames_done for slot in slots])
 
-    def codec(self, work: Sequence[Work]) -> list[Sound]:
-        if all(slot.delivered == 0 for slot, _ in work):
-            self._spend("first", self._costs.first_codec.seconds(len(work)), len(work))
-        else:
-            self._spend("codec", self._costs.codec_s(frames for _, frames in work), len(work))
-        return [_NO_SOUND] * len(work)
+    def codec(self, work: Sequence[Work]) -> Pending[list[Sound]]:
+        if not all(slot.coded == 0 for slot, _ in work):
+            self._free = max(self._free, self._free_beside)
+            self._main("codec", self._costs.codec_s(frames for _, frames in work), len(work))
+            return self._coming(self._free, [_NO_SOUND] * len(work))
+        seconds = self._costs.first_codec.seconds(len(work))
+        if not self._costs.queued:
+            self._main("first", seconds, len(work))
+            return self._coming(self._free, [_NO_SOUND] * len(work))
+        self._free_beside = self._note("first", max(self._framed, self._free_beside), seconds, len(work))
+        self._free = max(self._free, self._clock.now) + self._costs.shared * seconds
+        return self._coming(self._free_beside, [_NO_SOUND] * len(work))
 
     def release(self, slot: Slot) -> None:
         """Nothing is kept."""
 
-    def _spend(self, kind: str, seconds: float, batch: int) -> None:
-        seconds += self._costs.step_s if self.step_is_new else 0.0
+    def _main(self, kind: str, seconds: float, batch: int) -> None:
+        self._free = self._note(kind, self._free, seconds, batch)
+
+    def _note(self, kind: str, free: float, seconds: float, batch: int) -> float:
+        """A call that begins when its queue is `free` and the host has come to it; returns when it ends."""
+        self._clock.now += self._costs.step_s if self.step_is_new else 0.0
         self.step_is_new = False
-        self.calls.append(Call(kind, self._clock.now, seconds, batch))
-        self._clock.now += seconds
+        begins = max(free, self._clock.now)
+        self.calls.append(Call(kind, begins, seconds, batch))
+        if not self._costs.queued:
+            self._clock.now = begins + seconds
+        return begins + seconds
+
+    def _coming(self, at: float, value: list[Any]) -> Pending[list[Any]]:
+        return Coming(self._clock, at, value)
 
 
 class Speech(NamedTuple):
@@ -213,7 +252,7 @@ class Point:
 def figures(load: float, simulation: Simulation) -> Point:
     """Of a simulation that has run. The throughput is that until the last request came, so without the run-out."""
     heard, calls = simulation.requests, simulation.runner.calls
-    began, end = heard[0].asked_at, calls[-1].at + calls[-1].seconds
+    began, end = heard[0].asked_at, max(call.at + call.seconds for call in calls)
     until = heard[-1].asked_at if heard[-1].asked_at > began else end
     decodes = [call for call in calls if call.kind == "decode"]
     first = [1000 * (r.player.first_at - r.asked_at) for r in heard if r.player.first_at is not None]
@@ -295,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print tables, plots, and all figures as JSON in the last line."""
     asked = _parser().parse_args(arguments)
     costs = Costs.read(asked.costs) if asked.costs else PRESETS[asked.preset]
+    if asked.in_turn:
+        costs = replace(costs, queued=False)
     limits = Limits(**{"slots": asked.slots, "codec_frames": max(64, asked.slots)} | dict(asked.limit))
     print(f"SIMULATED with step costs of {costs.source}\n{limits}\nseed {asked.seed}")
 
@@ -333,6 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="h200-1.7b", help="estimated step costs")
     parser.add_argument("--costs", type=Path, help="a JSON file of measured step costs instead")
+    parser.add_argument("--in-turn", action="store_true", help="host and device wait for each other, for comparison")
     parser.add_argument("--rates", type=numbers, default=RATES, help="requests a second, ascending")
     parser.add_argument("--streams", type=numbers, default=STREAMS, help="of the closed loops")
     parser.add_argument("--requests", type=int, default=400, help="at each rate, at least")

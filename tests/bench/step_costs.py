@@ -46,8 +46,10 @@ class Costs:
 
     frame: talker and predictor, by the batch, of which the points are the buckets. prefill: of all prompts of a step,
     by their rows. codec: one call, by batch x frames. first_codec: the first chunks of a step, by their number.
-    step_s: fixed, of the host. network_s: fixed, of a request and its sound on their way. codec_lengths: a chunk is a
-    sum of them, chunks of one length share a call. source: which device, and measured how.
+    step_s, slot_s: of the host, each step and for each of its slots. queued: the device works while the host goes on;
+    then a first chunk goes beside other work, which it slows down by `shared` of what it takes. network_s: fixed, of a
+    request and its sound on their way. codec_lengths: a chunk is a sum of them, chunks of one length share a call.
+    source: which device, and measured how.
     """
 
     source: str
@@ -56,13 +58,16 @@ class Costs:
     codec: Curve
     first_codec: Curve
     step_s: float = 0.0
+    slot_s: float = 0.0
+    queued: bool = False
+    shared: float = 1.0
     network_s: float = 0.0
     codec_lengths: tuple[int, ...] = (16, 8, 4, 2, 1)
 
     @classmethod
     def of(cls, figures: Mapping[str, Any]) -> Costs:
         """From what JSON holds: milliseconds in `frame`, `prefill`, `codec`, `first_codec` (objects, size to time),
-        `step`, `network`; `codec_lengths` and `source`. Other names are ignored.
+        `step`, `slot`, `network`; `queued`, `shared`, `codec_lengths` and `source`. Other names are ignored.
 
         Raises:
             ValueError: one of the tables, or the source, is missing.
@@ -75,6 +80,9 @@ class Costs:
         return cls(
             source=figures["source"],
             step_s=figures.get("step", 0.0) / 1000,
+            slot_s=figures.get("slot", 0.0) / 1000,
+            queued=bool(figures.get("queued", False)),
+            shared=float(figures.get("shared", 1.0)),
             network_s=figures.get("network", 0.0) / 1000,
             codec_lengths=tuple(sorted(figures.get("codec_lengths", cls.codec_lengths), reverse=True)),
             **curves,
@@ -99,6 +107,14 @@ class Costs:
         return +parts
 
 
+_ON_A_GPU: dict[str, Any] = {
+    "step_s": 0.0003,  # of which 0.1 ms for Python, the rest for launches and copies
+    "slot_s": 0.000015,  # of which a third was measured without a device: scheduling 64 slots takes 0.35 ms
+    "queued": True,
+    "shared": 0.5,
+    "network_s": 0.0025,
+}
+
 PRESETS: dict[str, Costs] = {
     # One H200: frames and sound in chunks of 16 take 4.2, 5, 8 and 12 ms a step at batch 1, 8, 32 and 64.
     "h200-1.7b": Costs(
@@ -107,8 +123,7 @@ PRESETS: dict[str, Costs] = {
         prefill=Curve({32: 3.0, 1024: 12.0}),
         codec=Curve({1: 1.0, 64: 4.8}),
         first_codec=Curve({1: 3.0, 8: 3.5, 64: 7.0}),
-        step_s=0.0001,
-        network_s=0.0025,
+        **_ON_A_GPU,
     ),
     # The same, less the bytes that the smaller talker does not read.
     "h200-0.6b": Costs(
@@ -117,8 +132,7 @@ PRESETS: dict[str, Costs] = {
         prefill=Curve({32: 2.5, 1024: 8.0}),
         codec=Curve({1: 1.0, 64: 4.8}),
         first_codec=Curve({1: 3.0, 8: 3.5, 64: 7.0}),
-        step_s=0.0001,
-        network_s=0.0025,
+        **_ON_A_GPU,
     ),
     # One RTX 4090: 8, 9.5, 15 and 23 ms with the codec.
     "4090-1.7b": Costs(
@@ -127,8 +141,7 @@ PRESETS: dict[str, Costs] = {
         prefill=Curve({32: 5.0, 1024: 30.0}),
         codec=Curve({1: 1.5, 64: 7.9}),
         first_codec=Curve({1: 4.0, 8: 5.0, 64: 10.0}),
-        step_s=0.0001,
-        network_s=0.0025,
+        **_ON_A_GPU,
     ),
     # Two threads of a server's processor, int8 linears, codec in float32: slower than sound even for one stream.
     "cpu-0.6b": Costs(

@@ -17,8 +17,13 @@ def test_the_smallest_run_measures_everything_and_its_costs_can_be_simulated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "costs.json"
-    assert engine.main(["--smoke", "--device", "cpu", "--dtype", "float32", "--costs", str(file)]) == 0
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        engine.main(["--smoke", "--device", "cpu", "--dtype", "float32", "--costs", str(file), "--profile", "2"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "10 frames of 2 slots" in printed
+    assert "aten::" in printed, "no operation in the profile"
+    figures = json.loads(printed.splitlines()[-1])
     assert [loop["streams"] for loop in figures["loops"]] == [1, 2]
     for loop in figures["loops"]:
         assert loop["realtime"] == pytest.approx(loop["frames_per_s"] * 0.08, rel=0.05)

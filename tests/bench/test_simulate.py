@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from api.src.engine.messages import Limits
+from api.src.engine.pending import Made
 from tests.bench.playback import Playback
 from tests.bench.simulate import (
     CostRunner,
@@ -171,9 +172,32 @@ def test_a_closed_loop_keeps_its_streams_busy() -> None:
 
 
 def test_work_that_fails_gives_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CostRunner, "codec", lambda self, work: [])  # fewer sounds than asked for
+    monkeypatch.setattr(CostRunner, "codec", lambda self, work: Made([]))  # fewer sounds than asked for
     with pytest.raises(RuntimeError, match="without all its sound"):
         simulated(costs(), [0.0])
+
+
+# --- a device that works while the host goes on ---
+
+
+def test_the_first_chunk_goes_beside_the_next_frame() -> None:
+    """The second step asks for its frame before it waits: that ends 10 ms after, and not 4 + 10."""
+    simulation, point = simulated(costs(queued=True, shared=0), [7.0])
+    kinds = {call.kind: call for call in simulation.runner.calls[:4]}
+    assert kinds["first"].at == pytest.approx(7.017)
+    assert kinds["decode"].at == pytest.approx(7.017)  # of the second step, after the host's ms
+    assert point.first_ms_p50 == pytest.approx(1 + 5 + 10 + 1 + 4 + 3)
+    shared, _ = simulated(costs(queued=True, shared=0.5), [7.0])
+    assert {call.kind: call for call in shared.runner.calls[:4]}["decode"].at == pytest.approx(7.019)
+
+
+def test_bulk_sound_ends_while_the_host_prepares_the_next_frame() -> None:
+    """Ten frames: in turn the codec's calls and the host's ms add to each frame; queued, only what nothing covers."""
+    in_turn, queued = (simulated(costs(codec={"1": 4}, queued=queued, shared=0), [0.0])[0] for queued in (False, True))
+    codec_s = sum(call.seconds for call in in_turn.runner.calls if call.kind == "codec")
+    steps = sum(call.kind == "decode" for call in in_turn.runner.calls)
+    saved = in_turn.clock.now - queued.clock.now
+    assert 0.004 + 0.001 <= saved <= codec_s + 0.001 * steps
 
 
 # --- priorities ---
@@ -187,8 +211,8 @@ class Watching(CostRunner):
 
     def codec(self, work):
         slots = self.simulation.engine._stepper.scheduler.slots.values()
-        waiting = [slot for slot in slots if slot.delivered == 0]
-        if any(slot.delivered for slot, _ in work):
+        waiting = [slot for slot in slots if slot.coded == 0]
+        if any(slot.coded for slot, _ in work):
             self.others += 1
             self.behind_codec += any(slot.frames_done > 0 for slot in waiting if slot.active_at < self.step_at)
             leads = [slot.lead(self._clock.now) for slot, _ in work]

@@ -10,6 +10,7 @@ import numpy as np
 
 from api.src.engine.engine import Engine, Ticket
 from api.src.engine.messages import Delivery, Limits, Request, Sound
+from api.src.engine.pending import Made, Pending
 from api.src.engine.scheduler import Slot, Work
 
 SAMPLES = 4
@@ -45,10 +46,31 @@ class Entered:
         self.rows = self.script.text_rows + sum(len(piece) for piece in slot.job.text)
 
 
-class FakeRunner:
-    """Asserts what a real runner relies on. `costs`: seconds of the clock per call and per unit of each operation."""
+class Later:
+    """A device's result. It is never ready before somebody waits for it; a planted failure shows only then."""
 
-    def __init__(self, limits: Limits, clock: FakeClock | None = None, **costs: float) -> None:
+    def __init__(self, value: Any, fails: bool) -> None:
+        self._value, self._fails, self._taken = value, fails, False
+
+    def ready(self) -> bool:
+        return False
+
+    def get(self) -> Any:
+        assert not self._taken, "a result was taken twice"
+        self._taken = True
+        if self._fails:
+            raise RuntimeError("planted in a result")
+        return self._value
+
+
+class FakeRunner:
+    """Asserts what a real runner relies on. `costs`: seconds of the clock per call and per unit of each operation.
+
+    `later`: results come as from a device.
+    """
+
+    def __init__(self, limits: Limits, clock: FakeClock | None = None, *, later: bool = False, **costs: float) -> None:
+        self.later = later
         self.limits, self.clock, self.costs = limits, clock, costs
         self.entered: dict[int, Entered] = {}
         self.calls: list[tuple[str, Any]] = []
@@ -75,18 +97,22 @@ class FakeRunner:
         self._maybe_fail("append", [slot])
         return rows
 
-    def decode(self, slots: Sequence[Slot]) -> list[int | None]:
+    def decode(self, slots: Sequence[Slot]) -> Pending[list[int | None]]:
         self._note("decode", [slot.index for slot in slots], len(slots))
         self._expect(len({slot.index for slot in slots}) == len(slots), "a slot twice in a decode")
         self._maybe_fail("decode", slots)
-        return [self._frame(self._of(slot)) for slot in slots]
+        return self._result([self._frame(self._of(slot)) for slot in slots], slots)
 
-    def codec(self, work: Sequence[Work]) -> list[Sound]:
+    def codec(self, work: Sequence[Work]) -> Pending[list[Sound]]:
         self._note("codec", [(slot.index, frames) for slot, frames in work], sum(frames for _, frames in work))
         if any(self._of(slot).sounded for slot, _ in work):
             self._expect(not self._due_first(), "a first chunk waited behind other codec work")
         self._maybe_fail("codec", [slot for slot, _ in work])
-        return [self._sound(self._of(slot), frames) for slot, frames in work]
+        return self._result([self._sound(self._of(slot), frames) for slot, frames in work], [slot for slot, _ in work])
+
+    def _result(self, value: Any, slots: Sequence[Slot]) -> Pending[Any]:
+        fails = any("result" in slot.job.request.prompt.fails for slot in slots)
+        return Later(value, fails) if self.later or fails else Made(value)
 
     def release(self, slot: Slot) -> None:
         self._expect(self.entered.pop(slot.index, None) is not None, "released twice")
@@ -101,7 +127,7 @@ class FakeRunner:
 
     def _sound(self, entered: Entered, frames: int) -> Sound:
         first = entered.sounded
-        self._expect(first == entered.slot.delivered, "the scheduler and the codec disagree")
+        self._expect(first == entered.slot.coded, "the scheduler and the codec disagree")
         self._expect(0 < frames <= self.limits.chunk_frames and first + frames <= entered.made, "a chunk too long")
         entered.sounded += frames
         numbers = [i + 1 if entered.script.loud(i) else 0 for i in range(first, first + frames)]
@@ -175,10 +201,10 @@ class Listener:
 class House:
     """An engine without its thread, on a fake runner and a fake clock."""
 
-    def __init__(self, costs: dict[str, float] | None = None, **limits: Any) -> None:
+    def __init__(self, costs: dict[str, float] | None = None, *, later: bool = False, **limits: Any) -> None:
         self.clock = FakeClock()
         self.limits = Limits(**({"slots": 2} | limits))
-        self.runner = FakeRunner(self.limits, self.clock, **(costs or {"call": 0.001}))
+        self.runner = FakeRunner(self.limits, self.clock, later=later, **(costs or {"call": 0.001}))
         self.engine = Engine(self.runner, self.limits, clock=self.clock)
 
     @property

@@ -140,7 +140,8 @@ def _sound(loaded: StepPair, streams: dict[int, list[Tensor]], frames: int) -> N
     if not ready:
         return
     codes = torch.stack([torch.stack(streams[slot][:frames]) for slot in ready])
-    one, other = (steps.sound(ready, codes) for steps in (loaded.plain, loaded.graphed))
+    sound = "first_sound" if frames == 1 else "sound"
+    one, other = (getattr(steps, sound)(ready, codes) for steps in (loaded.plain, loaded.graphed))
     assert (one - other).abs().max() < 1e-4
     for slot in ready:
         del streams[slot][:frames]

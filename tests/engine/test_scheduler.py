@@ -12,6 +12,7 @@ import pytest
 import api.src.engine.scheduler as scheduler_module
 from api.src.engine.engine import EngineStopped
 from api.src.engine.messages import FINISH_REASONS, Limits, Request
+from api.src.engine.pending import Made
 from api.src.engine.scheduler import Job, Repetition, Slot
 from api.src.engine.steps import silent_tail
 from tests.engine.fake_runner import House, Script
@@ -90,6 +91,90 @@ def test_speech_without_a_frame_ends_too():
     listener = house.ask(Script(frames=0))
     house.run()
     assert (listener.reason, listener.frames, len(listener.got)) == ("stop", 0, 1)
+    house.check_empty()
+
+
+# --- a device that works while the host goes on ---
+
+
+def _watched(house):
+    """What is asked of the runner, and when its results are waited for, in their order."""
+    order = []
+    for name in ("decode", "codec"):
+        original = getattr(house.runner, name)
+
+        def asked(what, name=name, original=original):
+            first = name == "codec" and all(slot.coded == 0 for slot, _ in what)
+            order.append("first" if first else name)
+            result = original(what)
+            taken = result.get
+            result.get = lambda: order.append(f"got {'first' if first else name}") or taken()
+            return result
+
+        setattr(house.runner, name, asked)
+    return order
+
+
+def test_results_are_waited_for_after_everything_was_asked_for():
+    house = House(later=True)
+    order = _watched(house)
+    house.ask(Script(frames=30))
+    house.step()
+    assert order == ["decode", "got decode"]
+    order.clear()
+    house.step()
+    assert order == ["first", "decode", "got first", "got decode"]
+
+
+def test_bulk_sound_is_waited_for_behind_the_next_frame():
+    house = House(later=True)
+    listener = house.ask(Script(frames=60))
+    while listener.frames < 7:
+        house.step()
+    order = _watched(house)
+    while "codec" not in order:
+        order.clear()
+        house.step()
+    assert order == ["decode", "codec", "got decode"]
+    order.clear()
+    house.step()
+    assert order == ["decode", "got codec", "got decode"]
+    house.run()
+    assert listener.frames == 60
+    house.check_empty()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_end_that_shows_while_sound_is_on_its_way_waits_for_it(later):
+    for frames in range(40):
+        house = House(later=later)
+        listener = house.ask(Script(frames=frames))
+        house.run()
+        assert (listener.reason, listener.frames) == ("stop", frames)
+        house.check_empty()
+
+
+def test_a_slot_that_is_left_while_sound_is_on_its_way_goes_to_the_next_without_it():
+    house = House(slots=1, later=True)
+    listener, mate = house.ask(Script(frames=60)), house.ask(Script(frames=5))
+    while not house.engine._stepper._behind:
+        house.step()
+    before = listener.frames
+    listener.ticket.cancel()
+    house.run()
+    assert (listener.reason, listener.frames) == ("cancelled", before)
+    assert (mate.reason, mate.frames) == ("stop", 5)
+    house.check_empty()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_result_that_fails_ends_its_requests_alone(later):
+    house = House(later=later)
+    failing = house.ask(Script(frames=20, fails={"result"}))
+    house.run()
+    mate = house.ask(Script(frames=20))
+    house.run()
+    assert (failing.reason, mate.reason) == ("error", "stop")
     house.check_empty()
 
 
@@ -531,7 +616,7 @@ def test_a_failed_release_loses_no_slot():
 
 def test_a_wrong_number_of_results_is_a_failure():
     house = House()
-    house.runner.decode = lambda slots: []
+    house.runner.decode = lambda slots: Made([])
     listener = house.ask()
     house.run()
     assert listener.reason == "error"
@@ -597,8 +682,8 @@ def test_requests_that_mean_nothing_are_refused():
 
 def test_scheduling_needs_neither_torch_nor_anything_of_the_server():
     folder = Path(scheduler_module.__file__).parent
-    allowed = set(sys.stdlib_module_names) | {"numpy", "errors", "messages", "scheduler", "steps"}
-    for name in ("messages", "scheduler", "steps", "engine"):
+    allowed = set(sys.stdlib_module_names) | {"numpy", "errors", "messages", "pending", "scheduler", "steps"}
+    for name in ("messages", "pending", "scheduler", "steps", "engine"):
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
             if isinstance(node, ast.Import):
                 assert {alias.name.partition(".")[0] for alias in node.names} <= allowed

@@ -21,7 +21,9 @@ OUTBOX = 12
 
 
 class Laws(RuleBasedStateMachine):
-    """Three slots, small bounds, every kind of request."""
+    """Three slots, small bounds, every kind of request. `later`: results come as from a device."""
+
+    later = False
 
     listeners = Bundle("listeners")
 
@@ -29,6 +31,7 @@ class Laws(RuleBasedStateMachine):
         super().__init__()
         self.house = House(
             {"call": 0.002, "prefill": 0.01, "decode": 0.01, "codec": 0.003},
+            later=self.later,
             slots=3,
             prompt_tokens=30,
             codec_frames=8,
@@ -52,7 +55,7 @@ class Laws(RuleBasedStateMachine):
         text_rows=st.integers(0, 6),
         takes=st.booleans(),
         stuck=st.sampled_from([None, None, "code", "silence"]),
-        fails=st.sampled_from([None] * 6 + ["prefill", "decode", "codec", "append", "release"]),
+        fails=st.sampled_from([None] * 6 + ["prefill", "decode", "codec", "append", "release", "result"]),
     )
     def submit(self, frames, tokens, most, priority, deadline, kind, text_rows, takes, stuck, fails):
         script = Script(frames=frames, text_rows=text_rows, fails={fails} - {None})
@@ -133,9 +136,13 @@ class Laws(RuleBasedStateMachine):
         self.house.check_empty()
 
 
-TestLaws = Laws.TestCase
-TestLaws.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+class LawsOfDevices(Laws):
+    later = True
+
+
+TestLaws, TestLawsOfDevices = Laws.TestCase, LawsOfDevices.TestCase
+TestLaws.settings = TestLawsOfDevices.settings = settings(
+    max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from threading import Event
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from api.src.engine.codec import CodecDecoder
 from api.src.engine.graphs import CudaCapture
-from api.src.engine.loading import load_model
+from api.src.engine.loading import SpeechModel, load_model
 from api.src.engine.messages import Delivery
 from api.src.engine.prompt import Prompt
 from api.src.engine.sampling import Sampling
@@ -45,12 +46,12 @@ def exact_products() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def greedy() -> dict[str, StepPair]:
     kinds = ("custom_voice", "voice_design", "base")
-    return {kind: StepPair(kind, CudaCapture(), GREEDY, SLOTS, "cuda") for kind in kinds}
+    return {kind: StepPair(kind, CudaCapture(torch.device("cuda")), GREEDY, SLOTS, "cuda") for kind in kinds}
 
 
 @pytest.fixture(scope="module")
 def sampled() -> StepPair:
-    return StepPair("custom_voice", CudaCapture(), Sampling(), SLOTS, "cuda")
+    return StepPair("custom_voice", CudaCapture(torch.device("cuda")), Sampling(), SLOTS, "cuda")
 
 
 def speak(pair: StepPair, seeds: dict[int, int]) -> dict[int, Tensor]:
@@ -86,7 +87,7 @@ def test_the_same_seed_gives_the_same_codes_in_every_company(sampled: StepPair) 
 
 
 def test_bfloat16_is_itself_within_a_batch_size_and_reports_the_rest() -> None:
-    pair = StepPair("custom_voice", CudaCapture(), Sampling(), SLOTS, "cuda", torch.bfloat16)
+    pair = StepPair("custom_voice", CudaCapture(torch.device("cuda")), Sampling(), SLOTS, "cuda", torch.bfloat16)
     one, again = (speak(pair, {slot: slot for slot in range(SLOTS)}) for _ in range(2))
     assert all(torch.equal(one[slot], again[slot]) for slot in one)
     shifted = speak(pair, {slot: (slot + 3) % SLOTS for slot in range(SLOTS)})
@@ -103,35 +104,59 @@ def test_sound_is_the_cpu_s(sampled: StepPair, chunks: tuple[int, ...]) -> None:
     steps = sampled.graphed
     for slot in (1, 6):
         steps.sounds.reset(slot)
-    pieces = [steps.sound([1, 6], piece.cuda()) for piece in torch.split(codes, list(chunks), 1)]
+    pieces = []
+    for piece in torch.split(codes, list(chunks), 1):
+        if piece.shape[1] == 1:  # as first chunks go
+            steps.beside.mark()
+            with steps.beside.work():
+                pieces.append(steps.first_sound([1, 6], piece.cuda()))
+        else:
+            pieces.append(steps.sound([1, 6], piece.cuda()))
+        steps.beside.join()
     assert (torch.cat(pieces, 1).cpu() - expected).abs().max() < 1e-4
     assert steps.missed == 0
 
 
-def test_the_engine_speaks_with_its_thread_and_nothing_is_captured_late() -> None:
+def test_the_engine_speaks_alike_in_company_and_nothing_is_captured_late() -> None:
+    """Also shows that lanes and copies wait for each other: whatever did not would be heard."""
     model = load_model(tiny("custom_voice"), slots=SLOTS, positions=256, device="cuda")
-    sounds: dict[int, list[np.ndarray]] = {seed: [] for seed in range(2 * SLOTS)}
-    ends: list[str] = []
+    model.engine.start()
+    alone = [heard(model, [seed])[0] for seed in range(2 * SLOTS)]
+    for _ in range(5):
+        together = heard(model, range(2 * SLOTS))
+        for one, other in zip(alone, together, strict=True):
+            assert one.shape == other.shape
+            assert np.abs(one - other).max() < 1e-3
+    assert model.engine.stop(30)
+    assert model.steps.missed == 0
+    assert all(np.abs(samples).max() > 0.01 for samples in alone)
 
-    def listener(seed: int) -> object:
+
+def heard(model: SpeechModel, seeds: Iterable[int]) -> list[np.ndarray]:
+    """The sound of requests that are made at once, by their seeds."""
+    sounds: list[list[np.ndarray]] = []
+    ends: list[Event] = []
+
+    def ask(seed: int) -> None:
+        chunks: list[np.ndarray] = []
+        ended = Event()
+
         def deliver(delivery: Delivery) -> None:
             if delivery.sound is not None:
-                sounds[seed].append(delivery.sound.samples)
+                chunks.append(delivery.sound.samples)
             if delivery.finish_reason is not None:
-                ends.append(delivery.finish_reason)
+                assert delivery.finish_reason in ("stop", "length")
+                ended.set()
 
-        return deliver
-
-    model.engine.start()
-    for seed in sounds:
         prompt = Prompt(TEXTS[seed % len(TEXTS)], "english", "Ryan")
-        model.engine.submit(model.request(prompt, model.sampling(seed), 40), listener(seed))  # type: ignore[arg-type]
-    while len(ends) < len(sounds):
-        assert model.engine.running
-    assert model.engine.stop(30)
-    assert set(ends) <= {"stop", "length"}
-    assert model.steps.missed == 0
-    assert all(np.abs(np.concatenate(chunks)).max() > 0.01 for chunks in sounds.values())
+        model.engine.submit(model.request(prompt, model.sampling(seed), 40), deliver)
+        sounds.append(chunks)
+        ends.append(ended)
+
+    for seed in seeds:
+        ask(seed)
+    assert all(ended.wait(60) for ended in ends)
+    return [np.concatenate(chunks) for chunks in sounds]
 
 
 def test_a_voice_is_cloned_on_the_gpu_as_on_the_cpu() -> None:

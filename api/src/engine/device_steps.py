@@ -9,6 +9,7 @@ Shapes: B rows of a step, L rows of a prompt, H talker's hidden, T frames, C cod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ from .graphs import (
     Capture,
     Graphs,
     Index,
+    eagerly,
     fitting,
     parts,
     up_to,
 )
+from .lanes import Lane
 from .language_model import Entry, LanguageModel
 from .sampling import Sampling
 from .slots import Slots, StepShape
@@ -40,6 +43,7 @@ class Steps:
         self, model: LanguageModel, codec: CodecDecoder, *, slots: int, positions: int, text_rows: int
     ) -> None:
         self.model, self.codec = model, codec
+        self.beside = Lane(eagerly)
         self.slots = model.new_slots(slots, positions, text_rows)
         self.sounds = CodecState(codec, slots)
         groups, device = model.config.talker_config.num_code_groups, self.sounds.positions.device
@@ -74,15 +78,27 @@ class Steps:
         """codes (B, T, C) of the slots' next frames -> samples (B, T * samples per frame)."""
         return self.codec.decode(codes, self.index(slots), self.sounds)
 
+    def first_sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
+        """As `sound`, of first frames, in the lane `beside`: codes (B, 1, C)."""
+        return self.sound(slots, codes)
+
     def index(self, numbers: Sequence[int]) -> Tensor:
         """Numbers (B,), slots or others, where the arenas are."""
         return torch.tensor(numbers, device=self.sounds.positions.device)
 
 
+class CodecInput(NamedTuple):
+    """What the codec's graphs of one lane read: the slots, by the number of rows, and codes (B, T, C)."""
+
+    slots: dict[int, Index]
+    codes: Tensor
+
+
 class GraphedSteps(Steps):
     """The same in captured shapes. `codec_frames`: the most frames that the slots of one call have together.
 
-    `sampling`: the checkpoint's own, for whose widths frames are captured.
+    `sampling`: the checkpoint's own, for whose widths frames are captured. `beside`: the lane of first chunks; without
+    one, they go with all other work.
     """
 
     def __init__(
@@ -96,8 +112,10 @@ class GraphedSteps(Steps):
         codec_frames: int,
         sampling: Sampling,
         capture: Capture,
+        beside: Lane | None = None,
     ) -> None:
         super().__init__(model, codec, slots=slots + 1, positions=positions, text_rows=text_rows)
+        self.beside = beside or Lane(capture)
         self.graphs = Graphs(capture)
         self._widths = self.slots.widths(sampling)
         self._spare = slots
@@ -112,7 +130,12 @@ class GraphedSteps(Steps):
         device, width = model.weight.device, model.weight.shape[0]
         self._index = {rows: Index(rows, self._spare, device) for rows in {*self._rows, *self._batches}}
         self._prompts = model.weight.new_zeros(self._batches[-1], self._lengths[-1], width)
-        self._sound_codes = self.codes.new_zeros(slots, max(CODEC_FRAMES), self.codes.shape[2])
+        codes = self.codes.new_zeros(slots, max(CODEC_FRAMES), self.codes.shape[2])
+        own_index = {rows: Index(rows, self._spare, device) for rows in self._rows}
+        self._codec_inputs = {
+            "sound": CodecInput(self._index, codes),
+            "first": CodecInput(own_index, codes[:, :1].clone()),
+        }
 
     @property
     def missed(self) -> int:
@@ -132,7 +155,9 @@ class GraphedSteps(Steps):
                 self._capture_prompts(batch, length)
         for frames in CODEC_FRAMES:
             for rows in reversed(self._codec_rows[frames]):
-                self._capture_sound(rows, frames)
+                self._capture_sound("sound", rows, frames)
+        for rows in reversed(self._rows):
+            self._capture_sound("first", rows, 1)
         for span in reversed(self._spans):
             for rows in reversed(self._rows):
                 self._capture_frame(StepShape(rows, span, *self._widths))
@@ -198,19 +223,26 @@ class GraphedSteps(Steps):
     def sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
         """As Steps.sound, in as many graphs as the frames need."""
         pieces = torch.split(codes, parts(codes.shape[1]), dim=1)
-        return torch.cat([self._sound(slots, piece) for piece in pieces], dim=1)
+        return torch.cat([self._sound("sound", slots, piece) for piece in pieces], dim=1)
+
+    def first_sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
+        """As Steps.first_sound."""
+        return self._sound("first", slots, codes)
 
     @torch.inference_mode()
-    def _sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
+    def _sound(self, kind: str, slots: Sequence[int], codes: Tensor) -> Tensor:
         frames = codes.shape[1]
         rows = fitting(self._codec_rows[frames], len(slots))
-        run = self.graphs.find(("sound", rows, frames))
+        run = self.graphs.find((kind, rows, frames))
         if run is None or rows is None:
             return super().sound(slots, codes)
-        self._index[rows].set(slots)
-        self._sound_codes[: len(slots), :frames] = codes
+        given = self._codec_inputs[kind]
+        given.slots[rows].set(slots)
+        given.codes[: len(slots), :frames] = codes
         return run()[: len(slots)].clone()
 
-    def _capture_sound(self, rows: int, frames: int) -> None:
-        index, codes = self._index[rows], self._sound_codes[:rows, :frames]
-        self.graphs.add(("sound", rows, frames), lambda: self.codec.decode(codes, index.tensor, self.sounds))
+    def _capture_sound(self, kind: str, rows: int, frames: int) -> None:
+        given = self._codec_inputs[kind]
+        index, codes = given.slots[rows].tensor, given.codes[:rows, :frames]
+        capture = self.beside.capture if kind == "first" else None
+        self.graphs.add((kind, rows, frames), lambda: self.codec.decode(codes, index, self.sounds), capture)

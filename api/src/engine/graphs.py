@@ -39,24 +39,28 @@ def eagerly(run: Run) -> Run:
 
 
 class CudaCapture:
-    """Captures into CUDA graphs that share one pool of memory, as no two of them run at once."""
+    """Captures into CUDA graphs that share one pool of memory, as no two of them run at once.
+
+    `stream`: where they are captured. Libraries keep a workspace for each stream, so graphs that run beside each other
+    must come from different captures.
+    """
 
     WARM_UPS = 2
     """Libraries choose their kernels and allocate their workspaces in the first runs, which a capture must not see."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        self.stream = torch.cuda.Stream(device, priority)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(self.WARM_UPS):
                 run()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile: only this thread's calls are to be captured.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
             out = run()
 
         def replay() -> Tensor:
@@ -98,15 +102,17 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._runs)
 
-    def add(self, shape: Hashable, run: Run) -> None:
+    def add(self, shape: Hashable, run: Run, capture: Capture | None = None) -> None:
         """Capture `run`, which reads and writes the same tensors each time. It is run: its slots must be free.
+
+        `capture`: another one than that of all others.
 
         Where the device refuses, this shape and all later ones go without: slow speech is better than none.
         """
         if self._broken:
             return
         try:
-            self._runs[shape] = self._capture(run)
+            self._runs[shape] = (capture or self._capture)(run)
         except RuntimeError:  # torch's, out of memory included
             _log.exception("the device refuses a graph for %s: this and all further work runs without", shape)
             self._broken = True

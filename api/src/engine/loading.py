@@ -24,6 +24,7 @@ from .device_steps import GraphedSteps, Steps
 from .engine import Engine
 from .errors import EngineError
 from .graphs import Capture, CudaCapture
+from .lanes import CudaLane, Lane
 from .language_model import LanguageModel
 from .messages import Limits, Request
 from .prompt import Prompt, PromptBuilder, Reference
@@ -138,15 +139,19 @@ def load_model(
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu:
         limits = replace(limits, prompt_tokens=min(limits.prompt_tokens, _CPU_PROMPT_TOKENS))
-    if capture is None and not on_cpu:
-        capture = CudaCapture()
     arenas = {"slots": slots, "positions": positions, "text_rows": text_rows}
-    if capture is None:
+    if capture is None and on_cpu:
         steps = Steps(model, codec, **arenas)
     else:
-        sampling = Sampling.default(model.config.generation)
-        frames = limits.codec_frames
-        steps = GraphedSteps(model, codec, **arenas, codec_frames=frames, sampling=sampling, capture=capture)
+        steps = GraphedSteps(
+            model,
+            codec,
+            **arenas,
+            codec_frames=limits.codec_frames,
+            sampling=Sampling.default(model.config.generation),
+            capture=capture or CudaCapture(torch.device(device)),
+            beside=Lane(capture) if capture else CudaLane(torch.device(device)),
+        )
     clones = model.config.tts_model_type == "base"
     return SpeechModel(
         model.config,

@@ -6,14 +6,17 @@ Does not own the arenas and the work on them (device_steps.py), nor who is serve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .device_steps import Steps
+from .lanes import arriving
 from .messages import Sound
+from .pending import Pending
 from .prompt import Prompt, PromptBuilder, PromptRows
 from .sampling import Sampling
 from .scheduler import Slot, Work
@@ -48,6 +51,7 @@ class TorchRunner:
         self._pads[slot.index] = rows.pad
         self._sounds.reset(slot.index)
         if prompt.reference is not None and prompt.reference.codes is not None:
+            self.steps.beside.join()
             clip = prompt.reference.codes[None].to(self._sounds.positions)  # (1, F, C)
             self.steps.codec.prime(clip, self.steps.index([slot.index]), self._sounds)
         self._bound(slot)
@@ -69,34 +73,52 @@ class TorchRunner:
         slot.job.max_frames = min(slot.job.max_frames, slot.frames_done + self._slots.room(slot.index))
 
     @torch.inference_mode()
-    def decode(self, slots: Sequence[Slot]) -> list[int | None]:
+    def decode(self, slots: Sequence[Slot]) -> Pending[list[int | None]]:
         """As Runner.decode. Frames wait for the codec in the slot's own place."""
         indices = [slot.index for slot in slots]
         codes = self.steps.frame(indices)  # (B, C)
         self._codes[self.steps.index(indices), self.steps.index([slot.frames_done for slot in slots])] = codes
-        return [None if code == self._eos else code for code in codes[:, 0].tolist()]
+        self.steps.beside.mark()
+        return arriving([codes[:, 0]], self._first_codes)
+
+    def _first_codes(self, codes: Tensor) -> list[int | None]:
+        return [None if code == self._eos else code for code in codes.tolist()]
 
     @torch.inference_mode()
-    def codec(self, work: Sequence[Work]) -> list[Sound]:
-        """As Runner.codec; slots with chunks of one length go together."""
-        groups: dict[int, list[Slot]] = {}
-        for slot, frames in work:
-            groups.setdefault(frames, []).append(slot)
-        sounds: dict[int, Sound] = {}
-        for frames, slots in groups.items():
-            indices = [slot.index for slot in slots]
-            first = self.steps.index([slot.delivered for slot in slots])[:, None]
-            places = first + torch.arange(frames, device=first.device)  # (B, T)
-            codes = self._codes[self.steps.index(indices)[:, None], places]  # (B, T, C)
-            samples = self.steps.sound(indices, codes).float().cpu().numpy()
-            made = zip(slots, samples, codes.cpu().numpy(), strict=True)
-            sounds |= {slot.index: Sound(sound.copy(), chunk.copy()) for slot, sound, chunk in made}
-        return [sounds[slot.index] for slot, _ in work]
+    def codec(self, work: Sequence[Work]) -> Pending[list[Sound]]:
+        """As Runner.codec."""
+        if all(slot.coded == 0 for slot, _ in work):
+            with self.steps.beside.work():
+                return self._sound(work, self.steps.first_sound)
+        self.steps.beside.join()
+        return self._sound(work, self.steps.sound)
+
+    def _sound(self, work: Sequence[Work], sound: Callable[[Sequence[int], Tensor], Tensor]) -> Pending[list[Sound]]:
+        """Slots with chunks of one length go together."""
+        groups: dict[int, list[int]] = {}
+        for place, (_, frames) in enumerate(work):
+            groups.setdefault(frames, []).append(place)
+        made: list[Tensor] = []
+        for frames, places in groups.items():
+            indices = [work[place][0].index for place in places]
+            first = self.steps.index([work[place][0].coded for place in places])[:, None]
+            columns = first + torch.arange(frames, device=first.device)  # (B, T)
+            codes = self._codes[self.steps.index(indices)[:, None], columns]  # (B, T, C)
+            made += [sound(indices, codes).float(), codes]
+        order = [place for places in groups.values() for place in places]
+        return arriving(made, partial(_sounds, order))
 
     def release(self, slot: Slot) -> None:
         """As Runner.release."""
         self._slots.leave(slot.index)
         self._pads.pop(slot.index, None)
+
+
+def _sounds(order: Sequence[int], *made: Tensor) -> list[Sound]:
+    """Samples (B, L) and codes (B, T, C) of one group after the other, whose rows are at these places of the work."""
+    rows = [pair for group in zip(made[::2], made[1::2], strict=True) for pair in zip(*group, strict=True)]
+    sounds = [Sound(samples.numpy().copy(), codes.numpy().copy()) for samples, codes in rows]
+    return [sound for _, sound in sorted(zip(order, sounds, strict=True), key=lambda pair: pair[0])]
 
 
 def _prompt(slot: Slot) -> Prompt:

@@ -48,11 +48,15 @@ class Job:
 
 
 class Slot:
-    """One job in one place of the arenas, from its prefill on. The runner reads `index`, `job` and `delivered`."""
+    """One job in one place of the arenas, from its prefill on. The runner reads `index`, `job`, `frames_done`, `coded`.
+
+    Of its frames, `coded` were given to the codec, `delivered` came back as sound, and `taken` the listener has.
+    """
 
     def __init__(self, index: int, job: Job, limits: Limits, now: float) -> None:
         self.index, self.job, self._limits = index, job, limits
         self.frames_done = 0
+        self.coded = 0
         self.delivered = 0
         self.taken = 0
         self.text_rows: int | None = None
@@ -71,12 +75,12 @@ class Slot:
     @property
     def pending(self) -> int:
         """Frames that wait for the codec."""
-        return self.frames_done - self.delivered
+        return self.frames_done - self.coded
 
     @property
     def done(self) -> bool:
         """Whether nothing is left to be made or heard."""
-        return self.ending is not None and self.pending == 0
+        return self.ending is not None and self.delivered == self.frames_done
 
     @property
     def paused(self) -> bool:
@@ -113,7 +117,9 @@ class Slot:
         Chunks double while the lead lasts until the next one is there. If the engine is slower than sound, no size
         prevents the gaps, and large ones cost the least.
         """
-        if self.delivered == 0:
+        if self.coded > self.delivered:  # the chunk before is not there yet
+            return 0
+        if self.coded == 0:
             return min(1, self.pending)
         longest = self.lead(now) / _SAFETY if pace < self._limits.frame_s else _SLOW_CHUNK_S
         wanted = min(2 * self._chunk, self._limits.chunk_frames)
@@ -124,6 +130,11 @@ class Slot:
             return frames
         whole: int = 1 << (frames.bit_length() - 1)  # one call of the codec, shared by slots with chunks of one size
         return whole if self.starved or self.pending >= wanted else 0
+
+    def stick(self) -> None:
+        """End a run that goes nowhere; what it made last is not worth hearing."""
+        self.ending = "stuck"
+        self.frames_done = self.coded
 
     def sounded(self, frames: int, now: float) -> None:
         """A chunk went to the listener."""
@@ -268,7 +279,7 @@ class Scheduler:
         bulk: list[Work] = []
         for slot in sorted(self.slots.values(), key=lambda slot: slot.lead(now)):
             if frames := slot.due(now, self.pace):
-                into = first if slot.delivered == 0 else urgent if self._urgent(slot, now) else bulk
+                into = first if slot.coded == 0 else urgent if self._urgent(slot, now) else bulk
                 into.append((slot, frames))
         decode = [slot for slot in self.slots.values() if slot.runs]
         if any(slot.frames_done == 0 for slot in decode):
@@ -290,9 +301,13 @@ class Scheduler:
             return
         slot.frames_done += 1
         if 0 < self.limits.repeat_frames <= slot.repetition.add(code):
-            _stick(slot)
+            slot.stick()
         elif slot.frames_done >= slot.job.max_frames:
             slot.ending = "length"
+
+    def coding(self, slot: Slot, frames: int) -> None:
+        """The codec works on the slot's next `frames`."""
+        slot.coded += frames
 
     def sounded(self, slot: Slot, frames: int, silent_tail: int, now: float) -> None:
         """`frames` went to the listener, of which the last `silent_tail` were silent."""
@@ -302,7 +317,7 @@ class Scheduler:
         slot.sounded(frames, now)
         slot.silent = slot.silent + frames if silent_tail == frames else silent_tail
         if slot.ending is None and 0 < self.limits.silence_frames <= slot.silent:
-            _stick(slot)
+            slot.stick()
 
     def stepped(self, seconds: float) -> None:
         """A step that made frames took `seconds`."""
@@ -323,7 +338,7 @@ class Scheduler:
     def _urgent(self, slot: Slot, now: float) -> bool:
         scarce = self.waiting > 0 or len(self._free) < self.limits.slots // 4
         blocks = slot.ending is not None and scarce
-        return blocks or slot.lead(now) < self.limits.little_lead_s
+        return blocks or slot.lead(now) < self.limits.little_lead_s + self.pace  # bulk may come a step later
 
     def _admit(self, now: float) -> list[Slot]:
         """Give free slots to those in front, as far as the prompts' bound goes; nobody overtakes."""
@@ -339,12 +354,6 @@ class Scheduler:
             self.slots[job.slot.index] = job.slot
             admitted.append(job.slot)
         return admitted
-
-
-def _stick(slot: Slot) -> None:
-    """End a run that goes nowhere; what it made last is not worth hearing."""
-    slot.ending = "stuck"
-    slot.frames_done = slot.delivered
 
 
 def _within(budget: int, work: Iterable[Work]) -> Iterable[Work]:

@@ -2,6 +2,12 @@
 
 Owns the order in which a plan is carried out, what a failure ends, and each job's one end. Decides nothing
 (scheduler.py), touches no tensor (the runner), knows no threads (engine.py).
+
+A device works while the host goes on: the whole plan is asked for first, then what comes back is waited for, in the
+order in which it comes. Bulk sound, the last of a step, is waited for in the next step, when the device has that step's
+frames to make. A frame is asked for when the codes of the one before are known, and not earlier. So the device waits
+for the host's schedule between two frames; but a frame asked for ahead would keep everyone who comes waiting for a
+frame more, and be made in vain at the end of each speech.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from numpy.typing import NDArray
 
 from .errors import EngineError
 from .messages import Delivery, FinishReason, Limits, Sound
+from .pending import Pending
 from .scheduler import Job, Scheduler, Slot, Work
 
 SILENCE_RMS = 1e-3
@@ -30,7 +37,8 @@ _log = logging.getLogger(__name__)
 class Runner(Protocol):
     """What carries out a plan. All calls come from the engine's thread; results are in the order of the slots.
 
-    An exception ends the requests of that call alone (a failed prefill of several is tried again one by one).
+    An exception, of the call or of its result, ends the requests of that call alone (a failed prefill of several is
+    tried again one by one). Calls take effect in their order, whether or not anybody has waited for their results.
     """
 
     def prefill(self, slots: Sequence[Slot]) -> Sequence[int]:
@@ -44,17 +52,24 @@ class Runner(Protocol):
         """More text for a slot (None: none), `last` if it ends there. Returns for how many frames more it is good."""
         ...
 
-    def decode(self, slots: Sequence[Slot]) -> Sequence[int | None]:
-        """Make each slot's next frame; returns its first code, or None where the speech has ended without a frame."""
+    def decode(self, slots: Sequence[Slot]) -> Pending[Sequence[int | None]]:
+        """Make each slot's next frame: its first code, or None where the speech has ended without a frame."""
         ...
 
-    def codec(self, work: Sequence[Work]) -> Sequence[Sound]:
-        """The sound of each slot's next n frames, which begin at frame `slot.delivered`."""
+    def codec(self, work: Sequence[Work]) -> Pending[Sequence[Sound]]:
+        """The sound of each slot's next n frames, which begin at frame `slot.coded`.
+
+        First chunks come in a call of their own, so that they need not wait behind other work.
+        """
         ...
 
     def release(self, slot: Slot) -> None:
         """Forget the slot, whatever state it is in."""
         ...
+
+
+Commit = Callable[[], None]
+"""What is left to do when a result is there; it waits for it."""
 
 
 class Stepper:
@@ -67,6 +82,7 @@ class Stepper:
         self._runner = runner
         self._clock = clock
         self._silent_tail = silent_tail
+        self._behind: list[Commit] = []  # of the last step: its bulk
 
     # --- what requests do ---
 
@@ -109,14 +125,15 @@ class Stepper:
         for job in self.scheduler.expired(started):
             self.finish(job, "deadline")
         plan = self.scheduler.schedule(started)
-        self._codec(plan.first)
+        commits = self._behind + self._codec(plan.first)
         self._prefill(plan.prefill)
-        self._codec(plan.urgent)
-        self._decode(plan.decode)
-        self._codec(plan.bulk)
+        commits += self._codec(plan.urgent) + self._decode(plan.decode)
+        self._behind = self._codec(plan.bulk)
+        for commit in commits:
+            commit()
         if plan.decode:
             self.scheduler.stepped(self._clock() - started)
-        return bool(plan)
+        return bool(plan or commits)
 
     def _prefill(self, slots: Sequence[Slot]) -> None:
         if not slots or self._prefilled(slots, alone=len(slots) == 1):
@@ -138,33 +155,53 @@ class Stepper:
             self.scheduler.fed(slot, text_rows, self._clock())
         return True
 
-    def _decode(self, slots: Sequence[Slot]) -> None:
+    def _decode(self, slots: Sequence[Slot]) -> list[Commit]:
         slots = [slot for slot in slots if slot.runs]
         if not slots:
-            return
+            return []
         try:
-            made = list(zip(slots, self._runner.decode(slots), strict=True))
+            made = self._runner.decode(slots)
+        except Exception as error:
+            self._fail(slots, error)
+            return []
+        return _settled(made, lambda: self._decoded(slots, made))
+
+    def _decoded(self, slots: Sequence[Slot], made: Pending[Sequence[int | None]]) -> None:
+        try:
+            codes = list(zip(slots, made.get(), strict=True))
         except Exception as error:
             self._fail(slots, error)
             return
-        for slot, code in made:
+        for slot, code in codes:
+            if not slot.live or slot.ending is not None:  # sound that came meanwhile has ended it
+                continue
             self.scheduler.decoded(slot, code, self._clock())
             self.frames += code is not None
             if slot.done:
                 self.finish(slot.job, slot.ending or "stop")
 
-    def _codec(self, work: Sequence[Work]) -> None:
+    def _codec(self, work: Sequence[Work]) -> list[Commit]:
         work = [(slot, frames) for slot, frames in work if slot.live]
         if not work:
-            return
+            return []
         try:
-            made = list(zip(work, self._runner.codec(work), strict=True))
-            tails = [self._silent_tail(sound.samples, frames) for (_, frames), sound in made]
+            made = self._runner.codec(work)
+        except Exception as error:
+            self._fail([slot for slot, _ in work], error)
+            return []
+        for slot, frames in work:
+            self.scheduler.coding(slot, frames)
+        return _settled(made, lambda: self._sounded(work, made))
+
+    def _sounded(self, work: Sequence[Work], made: Pending[Sequence[Sound]]) -> None:
+        try:
+            chunks = list(zip(work, made.get(), strict=True))
+            tails = [self._silent_tail(sound.samples, frames) for (_, frames), sound in chunks]
         except Exception as error:
             self._fail([slot for slot, _ in work], error)
             return
-        for ((slot, frames), sound), tail in zip(made, tails, strict=True):
-            if slot.job.cancelled:  # its end comes before the next step
+        for ((slot, frames), sound), tail in zip(chunks, tails, strict=True):
+            if not slot.live or slot.job.cancelled:  # the end of who cancels comes before the next step
                 continue
             chunk = Delivery(slot.delivered, frames, sound)
             self.scheduler.sounded(slot, frames, tail, self._clock())
@@ -209,6 +246,14 @@ class Stepper:
         except Exception as error:
             _log.exception("a receiver failed")
             self.finish(job, "error", error=error)  # no more than a note if this was the end
+
+
+def _settled(made: Pending[Any], commit: Commit) -> list[Commit]:
+    """Nothing, if that can be done at once."""
+    if not made.ready():
+        return [commit]
+    commit()
+    return []
 
 
 def silent_tail(samples: NDArray[np.float32], frames: int) -> int:
