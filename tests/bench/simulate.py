@@ -109,7 +109,7 @@ class CostRunner:
     def codec(self, work: Sequence[Work]) -> Pending[list[Sound]]:
         if not all(slot.coded == 0 for slot, _ in work):
             self._free = max(self._free, self._free_beside)
-            self._main("codec", self._costs.codec_s(frames for _, frames in work), len(work))
+            self._main("codec", self._costs.codec_s(self._made(*each) for each in work), len(work))
             return self._coming(self._free, [_NO_SOUND] * len(work))
         seconds = self._costs.first_codec.seconds(len(work))
         if not self._costs.queued:
@@ -121,6 +121,11 @@ class CostRunner:
 
     def release(self, slot: Slot) -> None:
         """Nothing is kept."""
+
+    def _made(self, slot: Slot, frames: int) -> int:
+        """Frames that the codec makes to get these: at the end of a stream more do no harm."""
+        last = slot.ending is not None and slot.coded + frames == slot.frames_done
+        return self._costs.last_chunk(frames) if last else frames
 
     def _main(self, kind: str, seconds: float, batch: int) -> None:
         self._free = self._note(kind, self._free, seconds, batch)

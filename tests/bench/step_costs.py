@@ -98,6 +98,10 @@ class Costs:
         """Of chunks of so many frames in one step: one call for each length."""
         return sum(self.codec.seconds(length * batch) for length, batch in self._parts(chunks).items())
 
+    def last_chunk(self, frames: int) -> int:
+        """The length of one call for them, if there is one."""
+        return min((length for length in self.codec_lengths if length >= frames), default=frames)
+
     def _parts(self, chunks: Iterable[int]) -> Counter[int]:
         parts: Counter[int] = Counter()
         for frames in chunks:

@@ -218,7 +218,7 @@ def test_the_engine_speaks_by_graphs(plain_linears: None) -> None:
                 into.append(delivery.sound.samples)
 
         prompt = Prompt("She said she would be here by noon.", "english", "Ryan")
-        asked: Request = model.request(prompt, model.sampling(3), 40)
+        asked: Request = model.request(prompt, model.sampling(3), 42)  # the last chunk fills no graph
         ticket = model.engine.submit(asked, deliver)
         while ticket.finish_reason is None:
             model.engine.step()

@@ -78,12 +78,16 @@ class Steps:
         """codes (B, T, C) of the slots' next frames -> samples (B, T * samples per frame)."""
         return self.codec.decode(codes, self.index(slots), self.sounds)
 
+    def last_chunk(self, frames: int) -> int:
+        """How many frames are best made where `frames` are left: more than a stream has do no harm at its end."""
+        return frames
+
     def first_sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
         """As `sound`, of first frames, in the lane `beside`: codes (B, 1, C)."""
         return self.sound(slots, codes)
 
-    def index(self, numbers: Sequence[int]) -> Tensor:
-        """Numbers (B,), slots or others, where the arenas are."""
+    def index(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Numbers (B,) or (B, N), of slots or others, where the arenas are."""
         return torch.tensor(numbers, device=self.sounds.positions.device)
 
 
@@ -117,6 +121,7 @@ class GraphedSteps(Steps):
         super().__init__(model, codec, slots=slots + 1, positions=positions, text_rows=text_rows)
         self.beside = beside or Lane(capture)
         self.graphs = Graphs(capture)
+        self._graph_bytes = 0
         self._widths = self.slots.widths(sampling)
         self._spare = slots
         self._rows = up_to(ROWS, slots)
@@ -143,13 +148,19 @@ class GraphedSteps(Steps):
 
     def describe(self) -> str:
         """As Steps.describe."""
-        return f"{len(self.graphs)} graphs"
+        memory = f" in {self._graph_bytes / 1e9:.2f} GB" if self._graph_bytes else ""
+        return f"{len(self.graphs)} graphs{memory}"
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Capture every shape, once; the largest first, as smaller ones fit into the memory that it takes."""
         if len(self.graphs):
             return
+        before = _reserved(self.codes.device)
+        self._capture()
+        self._graph_bytes = _reserved(self.codes.device) - before
+
+    def _capture(self) -> None:
         for length in reversed(self._lengths):
             for batch in reversed(self._batches if length <= LONG_PROMPT else self._batches[:1]):
                 self._capture_prompts(batch, length)
@@ -225,6 +236,10 @@ class GraphedSteps(Steps):
         pieces = torch.split(codes, parts(codes.shape[1]), dim=1)
         return torch.cat([self._sound("sound", slots, piece) for piece in pieces], dim=1)
 
+    def last_chunk(self, frames: int) -> int:
+        """As Steps.last_chunk: one graph, which other slots may share, instead of several."""
+        return fitting(CODEC_FRAMES[::-1], frames) or frames
+
     def first_sound(self, slots: Sequence[int], codes: Tensor) -> Tensor:
         """As Steps.first_sound."""
         return self._sound("first", slots, codes)
@@ -246,3 +261,8 @@ class GraphedSteps(Steps):
         index, codes = given.slots[rows].tensor, given.codes[:rows, :frames]
         capture = self.beside.capture if kind == "first" else None
         self.graphs.add((kind, rows, frames), lambda: self.codec.decode(codes, index, self.sounds), capture)
+
+
+def _reserved(device: torch.device) -> int:
+    """Memory that torch has taken on a GPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0

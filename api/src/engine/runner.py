@@ -96,17 +96,27 @@ class TorchRunner:
     def _sound(self, work: Sequence[Work], sound: Callable[[Sequence[int], Tensor], Tensor]) -> Pending[list[Sound]]:
         """Slots with chunks of one length go together."""
         groups: dict[int, list[int]] = {}
-        for place, (_, frames) in enumerate(work):
-            groups.setdefault(frames, []).append(place)
+        for place, (slot, frames) in enumerate(work):
+            groups.setdefault(self._length(slot, frames), []).append(place)
         made: list[Tensor] = []
-        for frames, places in groups.items():
-            indices = [work[place][0].index for place in places]
-            first = self.steps.index([work[place][0].coded for place in places])[:, None]
-            columns = first + torch.arange(frames, device=first.device)  # (B, T)
-            codes = self._codes[self.steps.index(indices)[:, None], columns]  # (B, T, C)
+        for length, places in groups.items():
+            slots = [work[place][0] for place in places]
+            indices = [slot.index for slot in slots]
+            codes = self._codes_of(slots, length)
             made += [sound(indices, codes).float(), codes]
         order = [place for places in groups.values() for place in places]
-        return arriving(made, partial(_sounds, order))
+        return arriving(made, partial(_sounds, order, [work[place][1] for place in order]))
+
+    def _length(self, slot: Slot, frames: int) -> int:
+        """How many frames a call makes to get these."""
+        last = slot.ending is not None and slot.coded + frames == slot.frames_done
+        return self.steps.last_chunk(frames) if last else frames
+
+    def _codes_of(self, slots: Sequence[Slot], length: int) -> Tensor:
+        """The next codes of each slot (B, T, C); where it has no more, its last ones again."""
+        first, end = self.steps.index([(slot.coded, slot.frames_done) for slot in slots]).unbind(1)
+        columns = torch.minimum(first[:, None] + torch.arange(length, device=first.device), end[:, None] - 1)  # (B, T)
+        return self._codes[self.steps.index([slot.index for slot in slots])[:, None], columns]
 
     def release(self, slot: Slot) -> None:
         """As Runner.release."""
@@ -114,11 +124,17 @@ class TorchRunner:
         self._pads.pop(slot.index, None)
 
 
-def _sounds(order: Sequence[int], *made: Tensor) -> list[Sound]:
-    """Samples (B, L) and codes (B, T, C) of one group after the other, whose rows are at these places of the work."""
+def _sounds(order: Sequence[int], frames: Sequence[int], *made: Tensor) -> list[Sound]:
+    """Samples (B, L) and codes (B, T, C) of one group after the other.
+
+    Row by row, they are of these places of the work, of which so many `frames` are wanted.
+    """
     rows = [pair for group in zip(made[::2], made[1::2], strict=True) for pair in zip(*group, strict=True)]
-    sounds = [Sound(samples.numpy().copy(), codes.numpy().copy()) for samples, codes in rows]
-    return [sound for _, sound in sorted(zip(order, sounds, strict=True), key=lambda pair: pair[0])]
+    sounds: dict[int, Sound] = {}
+    for place, wanted, (samples, codes) in zip(order, frames, rows, strict=True):
+        length = len(samples) // len(codes) * wanted
+        sounds[place] = Sound(samples[:length].numpy().copy(), codes[:wanted].numpy().copy())
+    return [sounds[place] for place in range(len(sounds))]
 
 
 def _prompt(slot: Slot) -> Prompt:
