@@ -30,6 +30,7 @@ from .graphs import (
     parts,
     up_to,
 )
+from .kernels import FUSED
 from .lanes import Lane
 from .language_model import Entry, LanguageModel
 from .sampling import Sampling
@@ -125,7 +126,8 @@ class GraphedSteps(Steps):
         self._widths = self.slots.widths(sampling)
         self._spare = slots
         self._rows = up_to(ROWS, slots)
-        self._spans = up_to(SPANS, positions)
+        # fused kernels read each row at its true length, whatever the span
+        self._spans = [positions] if model.way is FUSED else up_to(SPANS, positions)
         self._lengths = up_to(PROMPT_LENGTHS, min(positions, PROMPT_LENGTHS[-1]))
         self._batches = up_to(PROMPT_BATCH, min(slots, PROMPT_BATCH[-1]))
         self._codec_rows = {
@@ -149,7 +151,7 @@ class GraphedSteps(Steps):
     def describe(self) -> str:
         """As Steps.describe."""
         memory = f" in {self._graph_bytes / 1e9:.2f} GB" if self._graph_bytes else ""
-        return f"{len(self.graphs)} graphs{memory}"
+        return f"{len(self.graphs)} graphs{memory}, {self.model.way.name}"
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .layers import rotations
+from .kernels import PLAIN, Way, chosen
+from .layers import rotations, use
 from .linear import settle, settle_one
 from .prompt import PromptRows
 from .sampling import Sampling, choose, draws, penalise
-from .slots import FrameMemory, Lengths, PaddedPromptMemory, PromptMemory, Slots, StepMemory, StepShape
+from .slots import Lengths, PaddedPromptMemory, PromptMemory, Slots, StepShape
 from .talker import Talker
 from .weights import Checkpoint, empty, load
 
@@ -33,8 +34,11 @@ _TEXT_TABLE = "model.text_embedding.weight"
 class LanguageModel:
     """Text and voice to codes."""
 
-    def __init__(self, config: ModelConfig, talker: Talker) -> None:
-        """`talker` is loaded. Its linear maps are brought into their device's form here."""
+    def __init__(self, config: ModelConfig, talker: Talker, *, kernels: bool = True) -> None:
+        """`talker` is loaded. Its linear maps are brought into their device's form here.
+
+        `kernels`: use fused kernels where the device has them; without, torch's own operations everywhere.
+        """
         self.config, self.talker = config, talker
         codec = config.talker_config
         self.eos = codec.codec_eos_token_id
@@ -46,14 +50,20 @@ class LanguageModel:
         special[self.eos] = False
         self.suppressed = special.to(self.weight.device)
         self.is_eos = (torch.arange(codec.vocab_size) == self.eos).to(self.weight.device)
+        self.use(chosen(codec, self.weight) if kernels else PLAIN)
 
     @classmethod
     def load(
-        cls, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        kernels: bool = True,
     ) -> LanguageModel:
         """The checkpoint in `folder`.
 
-        The text table, of which single rows are read, keeps the file's dtype.
+        The text table, of which single rows are read, keeps the file's dtype. `kernels`: as __init__'s.
 
         Raises:
             CheckpointError: whatever makes the checkpoint unusable.
@@ -68,7 +78,12 @@ class LanguageModel:
 
             talker = empty(build, device=device)
             load(talker, checkpoint, _PREFIX, filled=settle_one)
-        return cls(config, talker)
+        return cls(config, talker, kernels=kernels)
+
+    def use(self, way: Way) -> None:
+        """How steps are computed from now on. Graphs that are captured already keep what they had."""
+        self.way = way
+        use(self.talker, way.arithmetic)
 
     def new_slots(self, count: int, positions: int, text_rows: int) -> Slots:
         """Arenas for `count` streams; see Slots."""
@@ -123,9 +138,9 @@ class LanguageModel:
     def frame(self, state: Slots, index: Tensor, shape: StepShape, lengths: Lengths = ()) -> Tensor:
         """The device's part of frame_step: index (B,) -> codes (B, C). `lengths`: as StepMemory."""
         rows = state.rows(index)
-        memory = StepMemory(state.talker, index, rows.positions, lengths, shape.span)
-        hidden = self.talker(state.next_input[index], state.rotation.at(rows.positions), memory)
-        hidden = self.talker.model.norm(hidden)  # (B, H): the head's input and the code predictor's
+        memory = self.way.step_memory(state.talker, index, rows.positions, lengths, shape.span)
+        x, delta = self.talker(state.next_input[index], state.rotation.at(rows.positions), memory)
+        _, hidden = self.talker.model.norm.add(x, delta)  # (B, H): the head's input and the code predictor's
         uniform = draws(rows.keys, rows.frames, self.config.talker_config.num_code_groups)  # (B, C)
 
         logits = penalise(self.talker.codec_head(hidden).float(), state.seen[index], rows.penalty)  # (B, V)
@@ -133,7 +148,7 @@ class LanguageModel:
         logits = logits.masked_fill(self.suppressed | too_early, -torch.inf)
         first = choose(logits, rows.talker, uniform[:, 0], shape.width)
 
-        scratch = FrameMemory(state.predictor, shape.rows)
+        scratch = self.way.frame_memory(state.predictor, shape.rows)
         rest = self.talker.code_predictor(
             hidden, first, self.predictor_rotation, scratch, rows.subtalker, uniform[:, 1:], shape.subtalker_width
         )

@@ -1,7 +1,8 @@
 """The parts of a Qwen3-style decoder: norms, rotary positions, attention, one layer.
 
 Owns arithmetic and weights only. What a layer attends to is the caller's: a `Memory` writes the new keys and values and
-answers with the attention's output, so that no module holds state.
+answers with the attention's output, so that no module holds state. What is no product of matrices may be done by fused
+kernels: `Arithmetic` and `Memory` are where they come in (kernels.py), and torch's own operations are the default.
 Shapes: N rows (tokens or slots), H hidden, Q query heads, K key-value heads, D head_dim.
 """
 
@@ -28,15 +29,63 @@ class Rotation(NamedTuple):
         return Rotation(self.cos[positions], self.sin[positions])
 
 
-class Memory(Protocol):
+class Heads(NamedTuple):
+    """A layer's queries, keys and values as projected: packed (N, Q + 2 K, D), without norm and rotation."""
+
+    packed: Tensor
+    counts: list[int]
+    """Q, K, K."""
+    q_norm: RMSNorm
+    k_norm: RMSNorm
+    rotation: Rotation
+
+    def turned(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (N, Q, D), key and value (N, K, D), as they attend and are stored."""
+        query, key, value = torch.split(self.packed, self.counts, dim=1)
+        return rotate(self.q_norm(query), self.rotation), rotate(self.k_norm(key), self.rotation), value
+
+
+class Memory:
     """Keys and values of earlier positions."""
 
+    def attend_heads(self, layer: int, heads: Heads) -> Tensor:
+        """Store the heads' keys and values; attention output (N, Q * D) of their queries."""
+        return self.attend(layer, *heads.turned())
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store key and value (N, K, D); attention output (N, Q * D) of query (N, Q, D)."""
+        """The same with key and value (N, K, D) and query (N, Q, D) that are normed and rotated."""
+        raise NotImplementedError
+
+
+class Arithmetic(Protocol):
+    """A layer's work between its products of matrices."""
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """x (N, H), delta (N, H) or nothing -> x + delta, and its RMSNorm by weight (H,)."""
+        ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """gate_up (N, 2 I) -> silu(gate) * up (N, I)."""
         ...
 
 
+class TorchArithmetic:
+    """Implements Arithmetic, an operation at a time."""
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """As Arithmetic."""
+        x = x if delta is None else x + delta
+        return x, F.rms_norm(x, weight.shape, weight, epsilon)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """As Arithmetic."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
+    arithmetic: Arithmetic = TorchArithmetic()
+
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
@@ -44,6 +93,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta (N, H), and its norm."""
+        return self.arithmetic.add_norm(x, delta, self.weight, self.epsilon)
 
 
 class Attention(nn.Module):
@@ -59,15 +112,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, memory: Memory) -> Tensor:
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)  # (N, Q + 2 K, D)
-        query, key, value = torch.split(heads, self.heads, dim=1)
-        query = rotate(self.q_norm(query), rotation)
-        key = rotate(self.k_norm(key), rotation)
-        out: Tensor = self.o_proj(memory.attend(self.layer, query, key, value))
+        attended = memory.attend_heads(self.layer, Heads(heads, self.heads, self.q_norm, self.k_norm, rotation))
+        out: Tensor = self.o_proj(attended)
         return out
 
 
 class MLP(nn.Module):
     """SwiGLU."""
+
+    arithmetic: Arithmetic = TorchArithmetic()
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -76,8 +129,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(self.arithmetic.swiglu(self.gate_up_proj(x)))
         return out
 
 
@@ -89,11 +141,18 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotation: Rotation, memory: Memory) -> Tensor:
-        """x (N, H) -> (N, H)."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, memory)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+    def forward(self, x: Tensor, delta: Tensor | None, rotation: Rotation, memory: Memory) -> tuple[Tensor, Tensor]:
+        """x + delta (N, H) -> the two parts of the layer's sum: it is made together with the norm that comes next."""
+        x, normed = self.input_layernorm.add(x, delta)
+        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, rotation, memory))
+        return x, self.mlp(normed)
+
+
+def use(module: nn.Module, arithmetic: Arithmetic) -> None:
+    """Have all of `module` calculate by `arithmetic`."""
+    for part in module.modules():
+        if isinstance(part, RMSNorm | MLP):
+            part.arithmetic = arithmetic
 
 
 def rotations(config: TransformerConfig, positions: int, like: Tensor) -> Rotation:

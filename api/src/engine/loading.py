@@ -118,12 +118,14 @@ def load_model(
     limits: Limits | None = None,
     threads: int | None = None,
     capture: Capture | None = None,
+    kernels: bool = True,
 ) -> SpeechModel:
     """The checkpoint in `folder`, with arenas for `slots` streams of `positions` prompt rows and frames each.
 
     `codec`: a decoder loaded before, for all checkpoints have the same. `limits.slots` must equal `slots`.
     On a CPU, no more prompts go into one step than pay off. `threads`: torch's, of the whole process; None: as many as
-    cores that it may use. `capture`: makes graphs of all work; None: CUDA's on a GPU, none on a CPU.
+    cores that it may use. `capture`: makes graphs of all work; None: CUDA's on a GPU, none on a CPU. `kernels`: fused
+    ones on a GPU, where they work.
 
     Raises:
         CheckpointError: whatever makes the checkpoint unusable.
@@ -132,7 +134,7 @@ def load_model(
     torch.set_num_threads(threads or usable_cores())
     tokenizer = TextTokenizer(folder)
     codec_config = CodecConfig.read(folder)
-    model = LanguageModel.load(folder, dtype, device)
+    model = LanguageModel.load(folder, dtype, device, kernels=kernels)
     codec = codec or CodecDecoder.load(folder, codec_dtype, device)
     builder = PromptBuilder(model.config, tokenizer, model.talker)
     limits = limits or Limits(slots=slots, codec_frames=max(64, slots))

@@ -80,12 +80,19 @@ class CodePredictor(nn.Module):
         turn = rotation.at(torch.arange(2, device=x.device).repeat(rows))
         codes: list[Tensor] = []
         for group, head in enumerate(self.lm_head):
+            delta: Tensor | None = None
             for layer in self.model.layers:
-                x = layer(x, turn, memory)
+                x, delta = layer(x, delta, turn, memory)
             memory.advance(x.shape[0] // rows)
-            logits = head(self.model.norm(x.view(rows, -1, x.shape[-1])[:, -1]))  # (B, V)
+            _, normed = self.model.norm.add(_last(x, rows), None if delta is None else _last(delta, rows))
+            logits = head(normed)  # (B, V)
             codes.append(choose(logits.float(), rule, uniform[:, group], width))
             if group + 1 < len(self.lm_head):
                 x = self.tables[group + 1][codes[-1]]  # (B, h)
                 turn = Rotation(*(table[group + 2] for table in rotation))
         return torch.stack(codes, dim=1)
+
+
+def _last(x: Tensor, rows: int) -> Tensor:
+    """Of each row its last position: x (B * T, h) -> (B, h)."""
+    return x.view(rows, -1, x.shape[-1])[:, -1]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import TalkerConfig, TransformerConfig
 from .errors import EngineError, PromptTooLong
-from .layers import rotations
+from .layers import Memory, rotations
 from .sampling import Rule, Sampling, key, width
 
 
@@ -31,14 +31,14 @@ class KeyValues:
         self.keys, self.values = _zeros(shape, like), _zeros(shape, like)  # what is masked must not be NaN
 
 
-class PromptMemory:
+class PromptMemory(Memory):
     """Prefill of whole prompts: rows of several prompts one after the other, each from position 0 of its slot."""
 
     def __init__(self, arena: KeyValues, slots: Sequence[int], lengths: Sequence[int]) -> None:
         self.arena, self.slots, self.lengths = arena, slots, list(lengths)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As layers.Memory."""
+        """As Memory."""
         pieces = zip(*(torch.split(x, self.lengths) for x in (query, key, value)), strict=True)
         outs = []
         for slot, (q, k, v) in zip(self.slots, pieces, strict=True):
@@ -50,14 +50,14 @@ class PromptMemory:
         return torch.cat(outs)
 
 
-class PaddedPromptMemory:
+class PaddedPromptMemory(Memory):
     """Prefill of B prompts that were all padded to `length` rows: nothing but that shapes it."""
 
     def __init__(self, arena: KeyValues, slots: Tensor, length: int) -> None:
         self.arena, self.slots, self.length = arena, slots, length
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As layers.Memory: B * length rows."""
+        """As Memory: B * length rows."""
         query, key, value = (x.view(-1, self.length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         self.arena.keys[layer, :, :, : self.length][self.slots] = key  # (B, heads, length, D)
         self.arena.values[layer, :, :, : self.length][self.slots] = value
@@ -69,7 +69,7 @@ Lengths = Sequence[tuple[int, int]]
 """Slots, and how many positions of each are filled with those of this step."""
 
 
-class StepMemory:
+class StepMemory(Memory):
     """One position more in each of B slots. With `lengths`, each slot's keys are read in place, at their true length.
 
     Without (no length may shape a graph) the first `span` positions of all rows are gathered, and masked.
@@ -81,7 +81,7 @@ class StepMemory:
         self.mask = None if lengths else (places <= positions[:, None])[:, None, None]  # (B, 1, 1, span)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As layers.Memory."""
+        """As Memory."""
         keys, values = self.arena.keys[layer], self.arena.values[layer]
         keys[self.slots, :, self.positions] = key
         values[self.slots, :, self.positions] = value
@@ -98,7 +98,7 @@ class StepMemory:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask).flatten(1)
 
 
-class FrameMemory:
+class FrameMemory(Memory):
     """The code predictor's: restarted each frame, so rows need no slots. Positions 0 and 1 come together."""
 
     def __init__(self, arena: KeyValues, rows: int) -> None:
@@ -106,7 +106,7 @@ class FrameMemory:
         self.causal = torch.ones(2, 2, dtype=torch.bool, device=arena.keys.device).tril()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As layers.Memory, for T new positions of each row: N = B * T."""
+        """As Memory, for T new positions of each row: N = B * T."""
         new = key.shape[0] // self.rows
         end = self.filled + new
         keys, values = self.arena.keys[layer, : self.rows], self.arena.values[layer, : self.rows]

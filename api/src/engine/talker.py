@@ -58,8 +58,9 @@ class Talker(nn.Module):
         out: Tensor = self.codec(codes[:, 0]) + self.code_predictor.model.codec_embedding(codes[:, 1:])
         return out
 
-    def forward(self, x: Tensor, rotation: Rotation, memory: Memory) -> Tensor:
-        """Input rows (N, H) -> hidden states before the final norm (N, H)."""
+    def forward(self, x: Tensor, rotation: Rotation, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        """Input rows (N, H) -> the two parts of the sum (N, H) that the final norm is of."""
+        delta: Tensor | None = None
         for layer in self.model.layers:
-            x = layer(x, rotation, memory)
-        return x
+            x, delta = layer(x, delta, rotation, memory)
+        return x, delta
