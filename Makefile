@@ -10,7 +10,7 @@ GPU   := $(if $(filter auto,$(ASKED)),$(shell nvidia-smi -L 2>/dev/null | head -
 SERVE := $(if $(or $(filter qwen3,$(ASKED)),$(GPU)),.qwen3,.serve)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-simulate clean
+.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-simulate judge clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,9 @@ bench-cpu: $(VENV)/.test .venv-official/.installed ## measure the engine on the 
 
 bench-simulate: $(VENV)/.test ## simulate the scheduler under load, with estimated or measured (--costs FILE) step costs
 	$(BIN)/python -m tests.bench.simulate $(ARGS)
+
+judge: $(VENV)/.test ## let a recogniser and DNSMOS judge forms of the weights (ARGS="--model FOLDER --weights fp32,int8")
+	$(BIN)/python -m tests.bench.judge $(ARGS)
 
 clean: ## remove what was installed and cached
 	rm -rf $(VENV) .venv-official .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
