@@ -146,6 +146,7 @@ class Model:
 
     `id` is its native id. `aliases` maps lower-case voice names (the OpenAI ones among them) to ids of `voices`.
     `languages` are English names in lower case. `revision` changes whenever the same request would sound different.
+    `weights` says how they are held, and why, where that can be chosen.
     """
 
     id: str
@@ -153,6 +154,7 @@ class Model:
     aliases: Mapping[str, str]
     languages: Sequence[str]
     revision: str
+    weights: str = ""
 
 
 @dataclass(frozen=True, slots=True)

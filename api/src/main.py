@@ -104,6 +104,7 @@ def build_speaker(settings: Settings) -> Speaker:
         slots=slots,
         fewer_slots=settings.slots is None,
         device=choice.device,
+        cpu_weights=settings.cpu_weights,
         unload_after_s=settings.unload_after_s,
     )
     return Speaker(qwen3, choice.reason, slots)

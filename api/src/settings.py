@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     embedded_workers: int = Field(default=2, ge=1, le=64)
     model: CommaSeparated = []
     device: str = Field(default="auto", pattern=r"auto|cpu|cuda(:\d+)?")
+    cpu_weights: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
     slots: int | None = Field(default=None, ge=1, le=256)
     unload_after_s: float = Field(default=0.0, ge=0)
     model_aliases: Pairs = {}

@@ -99,7 +99,8 @@ def serving(folder: Path, checkpoint: Path, **settings: object) -> Iterator[Qwen
         "TTS_PORT": "0",
         "TTS_BACKEND": "qwen3",
         "TTS_MODEL": str(checkpoint),
-        "TTS_DEVICE": "cpu",  # in float32, so that sounds can be compared
+        "TTS_DEVICE": "cpu",
+        "TTS_CPU_WEIGHTS": "fp32",  # so that sounds can be compared
         "TTS_CACHE_DIR": str(folder / "cache"),
         "TTS_LEDGER_URL": f"sqlite:///{folder / 'ledger.db'}",
         **{f"TTS_{name.upper()}": str(value) for name, value in settings.items()},

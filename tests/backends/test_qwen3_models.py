@@ -89,6 +89,35 @@ async def test_checkpoints_share_one_codec_decoder_but_only_if_it_is_the_same(tm
     assert codecs[2] is not codecs[0]
 
 
+async def test_quantised_weights_are_another_sound_kept_on_the_disk(tmp_path: Path) -> None:
+    """Speech from the file is that of the weights that it was made of."""
+    folder = shutil.copytree(tiny("custom_voice"), tmp_path / "custom")
+    models, sounds = [], []
+    for form in ("fp32", "int8", "int8"):
+        async with started(folder, cpu_weights=form) as backend:
+            models += backend.models
+            sounds.append(await say(backend, CUSTOM))
+        files = [path.name for path in (folder / ".qwen3-tts").glob("*")]
+        assert [name.startswith("int8-") for name in files] == ([] if form == "fp32" else [True])
+    assert [model.weights for model in models] == ["fp32: asked for", "int8: asked for", "int8: asked for"]
+    assert models[0].revision != models[1].revision == models[2].revision
+    assert np.abs(sounds[1] - sounds[2]).max() < 1e-3
+    assert sounds[0].shape != sounds[1].shape or np.abs(sounds[0] - sounds[1]).max() > 0.01
+
+
+async def test_the_form_that_is_chosen_is_told_with_its_reason(tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny("custom_voice"), tmp_path / "custom")
+    async with started(folder, cpu_weights="auto") as backend:
+        [model] = backend.models
+    assert model.weights.split(":")[0] in ("fp32", "bf16", "int8")
+    assert "ms of one core" in model.weights
+    [noted] = (folder / ".qwen3-tts").glob("*.choice")
+    before = noted.stat().st_mtime_ns
+    async with started(folder, cpu_weights="auto") as backend:
+        assert backend.models[0].weights == model.weights
+    assert noted.stat().st_mtime_ns == before, "measured again"
+
+
 async def test_two_of_a_kind_are_refused() -> None:
     backend = Qwen3TTSBackend(models=[str(tiny("custom_voice"))] * 2, slots=2)
     with pytest.raises(NotReady, match="Two of the checkpoints"):

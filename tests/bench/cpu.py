@@ -1,11 +1,15 @@
 """`make bench-cpu`: the engine on the CPU beside the official package (qwen-tts 0.1.1), turn by turn in one run. Linux.
 
     python -m tests.bench.cpu [--official PYTHON] [--folder DIR] [--size 0.6b] [--threads N] [--frames 24] [--repeats 3]
+                              [--weights auto fp32]
     python -m tests.bench.cpu --smoke        seconds, on the tiny checkpoint, without the official package
 
 Both load the same folder of random weights (random_checkpoint.py), each in a process of its own, and speak the same
-texts in fp32 for the same number of frames, which their samples must confirm. What random weights cannot show is
-quality, and when speech ends. Prints tables, and as its last line one JSON object:
+texts for the same number of frames, which their samples must confirm: the official package in fp32, ours once with each
+form of the weights. What random weights cannot show is quality, and when speech ends. Prints tables, and as its last
+line one JSON object; its figures are of the first form, and "forms" has those of all:
+
+    form                    of the weights
 
     ratio_batch1            seconds of the official package for one request, by ours
     ratio_8_streams         of the official package for eight requests one after another, by ours for eight at once
@@ -31,12 +35,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from api.src.engine.cores import usable_cores
+from api.src.engine.linear import Form
 from tests.bench import report
 from tests.bench.random_checkpoint import SIZES, build
 from tests.engine.bench_frames import multiply_speed, read_speed
@@ -153,24 +158,26 @@ class Figures:
 
 @dataclass
 class Contest:
-    """Who speaks, and the machine's speeds, measured between the turns. Turns by name."""
+    """Who speaks, ours by form, and the machine's speeds, measured between the turns. Turns by name."""
 
-    ours: Worker
+    ours: dict[str, Worker]
     official: Worker | None
     frames: int
     turns: dict[str, Figures] = field(default_factory=dict)
     reads: list[float] = field(default_factory=list)
-    multiplies: list[float] = field(default_factory=list)
+    multiplies: dict[Form, list[float]] = field(default_factory=dict)
 
     def run(self, repeats: int) -> None:
         """A short turn each to warm up, then `repeats` of all in turn."""
-        for worker in filter(None, (self.ours, self.official)):
+        for worker in filter(None, (*self.ours.values(), self.official)):
             worker.speak(1, 2)
         for _ in range(repeats):
             self.reads.append(read_speed())
-            self.multiplies.append(multiply_speed())
+            for form in ("fp32", "bf16", *self.ours):
+                self.multiplies.setdefault(form, []).append(multiply_speed(form))  # type: ignore[arg-type]
             for streams in STREAMS:
-                self._turn(f"ours, {streams} at once", self.ours, streams)
+                for form, worker in self.ours.items():
+                    self._turn(f"{form}, {streams} at once", worker, streams)
                 if streams == 1:
                     self._turn("official, 1", self.official, 1)
             self._turn("official, 8 in turn", self.official, 8, together=False)
@@ -190,17 +197,23 @@ class Contest:
         pairs = zip(self.turns[theirs].answers, self.turns[ours].answers, strict=True)
         return round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 3)
 
-    def bound_ms(self, streams: int) -> tuple[float, float]:
-        """Per frame, the least that memory and arithmetic allow: the language model's, the codec's."""
-        read, multiply = statistics.median(self.reads), statistics.median(self.multiplies)
-        amount = self.ours.facts["frame_bytes"]
-        flop = 2 * self.ours.facts["frame_weights"]
-        return 1000 * max(amount / read / streams, flop / multiply), 1000 * CODEC_FLOP / multiply
+    def bound_ms(self, form: str, streams: int) -> tuple[float, float]:
+        """Per frame, the least that memory and arithmetic allow: the language model's, the codec's.
 
-    def peak(self, worker: Worker | None, key: str) -> float | None:
+        Operations count at the rate of their own kind: 8-bit ones, bf16 ones where the codec has them, fp32 ones.
+        """
+        read = statistics.median(self.reads)
+        rates = {kind: statistics.median(rates) for kind, rates in self.multiplies.items()}
+        facts = self.ours[form].facts
+        arithmetic = 2 * facts["frame_weights"] / rates[form]  # type: ignore[index]
+        narrow = facts["narrow_flop"]
+        codec = narrow / rates["bf16"] + max(0.0, CODEC_FLOP - narrow) / rates["fp32"]
+        return 1000 * max(facts["frame_bytes"] / read / streams, arithmetic), 1000 * codec
+
+    def peak(self, kind: str, key: str) -> float | None:
         """In MB; a process knows its own, so it is that of its latest answer."""
-        turns = [turn for name, turn in self.turns.items() if name.startswith("ours") == (worker is self.ours)]
-        return None if worker is None else round(max(turn.answers[-1][key] for turn in turns))
+        turns = [turn for name, turn in self.turns.items() if name.startswith(f"{kind},")]
+        return round(max(turn.answers[-1][key] for turn in turns)) if turns else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,37 +222,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tests.engine.checkpoints import tiny
 
         options.folder, options.frames, options.repeats, options.official = tiny("custom_voice"), 4, 1, None
+        options.weights = ["fp32", "int8"]
     else:
         options.folder = build(options.folder or Path("data/bench") / options.size, options.size, "custom_voice")
     started = time.perf_counter()
-    figures = measure(options.folder, options.official, options.threads, options.frames, options.repeats)
+    figures = measure(options)
     if options.smoke:  # the arithmetic's bound is of the published size
-        figures |= dict.fromkeys(("bound_share_batch1", "bound_share_8_streams"))
+        for each in (figures, *figures["forms"].values()):
+            each |= dict.fromkeys(("bound_share_batch1", "bound_share_8_streams"))
     figures["seconds"] = round(time.perf_counter() - started)
     print(f"\n{json.dumps(figures)}")
     return 0
 
 
-def measure(folder: Path, official: str | None, threads: int, frames: int, repeats: int) -> Answer:
+def measure(options: argparse.Namespace) -> Answer:
     """Run everything and print the tables; the figures."""
     import torch
 
+    folder, threads = options.folder, options.threads
     torch.set_num_threads(threads)
     machine = report.machine(folder)
-    print(f"{machine['cpu']}, {threads} threads, {frames} frames a request, {repeats} turns of each", flush=True)
-    engines = {"ours": sys.executable} | ({"official": official} if official else {})
+    print(
+        f"{machine['cpu']}, {threads} threads, {options.frames} frames a request, {options.repeats} turns of each",
+        flush=True,
+    )
+    engines = dict.fromkeys(options.weights, sys.executable)
+    engines |= {"official": options.official} if options.official else {}
     ready = {kind: [_cold_ready(kind, python, folder, threads)] for kind, python in engines.items()}
-    with working("ours", sys.executable, folder, threads) as ours:
-        ready["ours"].append(ours.ready_s)
-        if official is None:
-            contest = Contest(ours, None, frames)
-            contest.run(repeats)
-        else:
-            with working("official", official, folder, threads) as theirs:
-                ready["official"].append(theirs.ready_s)
-                contest = Contest(ours, theirs, frames)
-                contest.run(repeats)
-        return _report(contest, ready)
+    with ExitStack() as stack:
+        workers = {k: stack.enter_context(working(k, python, folder, threads)) for k, python in engines.items()}
+        for kind, worker in workers.items():
+            ready[kind].append(worker.ready_s)
+        contest = Contest(
+            {worker.facts["form"]: worker for kind, worker in workers.items() if kind != "official"},
+            workers.get("official"),
+            options.frames,
+        )
+        contest.run(options.repeats)
+        return _report(contest, {worker.facts.get("form", kind): ready[kind] for kind, worker in workers.items()})
 
 
 def _cold_ready(kind: str, python: str, folder: Path, threads: int) -> float:
@@ -259,34 +279,49 @@ def _report(contest: Contest, ready: dict[str, list[float]]) -> Answer:
     report.table(
         "Medians; times are per frame of all streams together", [*head, "first sound s", "median", "last"], rows
     )
-    workers = {"ours": contest.ours, "official": contest.official}
-    memory = {kind: [contest.peak(each, key) for key in ("peak_mb", "anonymous_mb")] for kind, each in workers.items()}
+    memory = {kind: [contest.peak(kind, key) for key in ("peak_mb", "anonymous_mb")] for kind in ready}
     rows = [[kind, *memory[kind], *(round(s, 1) for s in times)] for kind, times in ready.items()]
     report.table("Memory and start", ["", "peak MB", "anonymous MB", "ready s, cold", "warm"], rows)
-    one, eight = contest.bound_ms(1), contest.bound_ms(8)
-    read, multiply = statistics.median(contest.reads) / 1e9, statistics.median(contest.multiplies) / 1e9
-    figures = {
-        "ratio_batch1": contest.ratio("official, 1", "ours, 1 at once"),
-        "ratio_8_streams": contest.ratio("official, 8 in turn", "ours, 8 at once"),
-        "ratio_8_batched": contest.ratio("official, batch of 8", "ours, 8 at once"),
-        "memory_ratio": round(memory["ours"][0] / memory["official"][0], 3) if contest.official else None,
-        "bound_share_batch1": round(sum(one) / turns["ours, 1 at once"].frame_ms, 3),
-        "bound_share_8_streams": round(sum(eight) / turns["ours, 8 at once"].frame_ms, 3),
-        "first_sound_s": {name.split(", ")[1]: turn.first_s() for name, turn in turns.items() if "ours" in name},
+    read = statistics.median(contest.reads) / 1e9
+    rates = {form: round(statistics.median(rates) / 1e9, 1) for form, rates in contest.multiplies.items()}
+    print(f"\nThe machine reads {read:.1f} GB/s; it does {_listed(rates)} billion operations a second.")
+    forms = {form: _of_form(contest, form, memory) for form in contest.ours}
+    first = next(iter(forms))
+    return {
+        "form": first,
+        **forms[first],
+        "forms": forms,
         "frames_per_s": {name: round(turn.frames_per_s, 2) for name, turn in turns.items()},
         "peak_mb": {kind: values[0] for kind, values in memory.items()},
         "anonymous_mb": {kind: values[1] for kind, values in memory.items()},
         "ready_s": {kind: [round(s, 1) for s in times] for kind, times in ready.items()},
         "read_gb_per_s": round(read, 1),
-        "gflop_per_s": round(multiply, 1),
+        "gflop_per_s": rates,
     }
+
+
+def _of_form(contest: Contest, form: str, memory: dict[str, list[float | None]]) -> Answer:
+    """The figures of one form of ours; prints its bounds."""
+    turns, theirs = contest.turns, memory.get("official", [None])[0]
+    one, eight = contest.bound_ms(form, 1), contest.bound_ms(form, 8)
+    shares = [round(sum(bound) / turns[f"{form}, {n} at once"].frame_ms, 3) for bound, n in ((one, 1), (eight, 8))]
     print(
-        f"\nThe machine reads {read:.1f} GB/s and multiplies {multiply:.0f} GFLOP/s. "
-        f"So a frame needs {one[0]:.0f} ms of language model and {one[1]:.0f} ms of codec with one stream,\n"
-        f"{eight[0]:.0f} and {eight[1]:.0f} ms with eight. "
-        f"Shares of it: {figures['bound_share_batch1']} and {figures['bound_share_8_streams']}."
+        f"With {form} a frame needs {one[0]:.0f} ms of language model and {one[1]:.0f} ms of codec with one stream, "
+        f"{eight[0]:.0f} and {eight[1]:.0f} ms with eight. Shares of it: {shares[0]} and {shares[1]}."
     )
-    return figures
+    return {
+        "ratio_batch1": contest.ratio("official, 1", f"{form}, 1 at once"),
+        "ratio_8_streams": contest.ratio("official, 8 in turn", f"{form}, 8 at once"),
+        "ratio_8_batched": contest.ratio("official, batch of 8", f"{form}, 8 at once"),
+        "memory_ratio": round((memory[form][0] or 0) / theirs, 3) if theirs else None,
+        "bound_share_batch1": shares[0],
+        "bound_share_8_streams": shares[1],
+        "first_sound_s": {f"{n} at once": turns[f"{form}, {n} at once"].first_s() for n in STREAMS},
+    }
+
+
+def _listed(rates: dict[Form, float]) -> str:
+    return ", ".join(f"{rate:.0f} in {form}" for form, rate in rates.items())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -297,6 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="of the random checkpoint, made if need be; default: in data/bench")
     parser.add_argument("--size", choices=SIZES, default="0.6b")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: all cores that may be used")
+    parser.add_argument("--weights", nargs="+", choices=["auto", *get_args(Form)], default=["auto", "fp32"])
     parser.add_argument("--frames", type=int, default=24, help="of each request")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="the tiny checkpoint, ours alone")

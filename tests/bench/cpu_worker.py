@@ -1,9 +1,10 @@
 """One engine in a process of its own, commanded line by line: the side of `tests.bench.cpu` that is measured.
 
-    python -m tests.bench.cpu_worker ours|official FOLDER THREADS
+    python -m tests.bench.cpu_worker official|auto|fp32|bf16|int8|int4 FOLDER THREADS
 
-Answers "ready" and then each command with one line of JSON. `ours` speaks by `load_model` and `Engine.submit`, as the
-server does; `official` by the public method of qwen-tts 0.1.1, in whose virtual environment it runs then.
+Answers "ready" and then each command with one line of JSON. All but one speak by `load_model` and `Engine.submit`, as
+the server does, with weights in that form; `official` by the public method of qwen-tts 0.1.1, in whose virtual
+environment it runs then.
 """
 
 from __future__ import annotations
@@ -60,13 +61,22 @@ class Parts:
 class Ours:
     """The engine with its thread, its scheduler and the streaming codec."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        from api.src.engine.loading import load_model
-        from tests.engine.bench_frames import reads_per_frame
+    def __init__(self, form: str, folder: Path, threads: int) -> None:
+        import torch
 
-        self.model = load_model(folder, slots=SLOTS, threads=threads)
+        from api.src.engine.config import ModelConfig
+        from api.src.engine.form_choice import choose_form
+        from api.src.engine.forms import cache_folders
+        from api.src.engine.loading import load_model
+        from tests.engine.bench_frames import narrow_flop, reads_per_frame
+
+        torch.set_num_threads(threads)
+        cache = cache_folders(folder)
+        weights: Any = form if form != "auto" else choose_form(ModelConfig.read(folder).talker_config, cache).form
+        self.model = load_model(folder, slots=SLOTS, threads=threads, weights=weights, weights_cache=cache)
         runner = self.model.engine._stepper._runner
         self.facts = dict(zip(("frame_bytes", "frame_weights"), reads_per_frame(self.model.steps.model), strict=True))
+        self.facts |= {"form": weights, "narrow_flop": narrow_flop(self.model.codec)}
         self.parts = Parts()
         for name in ("prefill", "decode", "codec"):
             self.parts.watch(runner, name, lambda name=name: name)
@@ -204,7 +214,9 @@ def main() -> None:
 
     memory = Memory()
     memory.start()
-    speaker: Speaker = {"ours": Ours, "official": Official}[kind](Path(folder), int(threads))
+    speaker: Speaker = (
+        Official(Path(folder), int(threads)) if kind == "official" else Ours(kind, Path(folder), int(threads))
+    )
     answer({"ready": True, **speaker.facts, **memory.figures()})
     for line in sys.stdin:
         command = json.loads(line)

@@ -29,14 +29,16 @@ def test_the_last_line_holds_the_documented_figures(threads: int, capsys: pytest
     ratios = ("ratio_batch1", "ratio_8_streams", "ratio_8_batched", "memory_ratio")
     assert [figures[name] for name in ratios] == [None] * 4  # nobody to compare with
     assert figures["bound_share_batch1"] is figures["bound_share_8_streams"] is None
-    assert min(figures["read_gb_per_s"], figures["gflop_per_s"]) > 0
+    assert min(figures["read_gb_per_s"], *figures["gflop_per_s"].values()) > 0
+    assert set(figures["gflop_per_s"]) == {"fp32", "bf16", "int8"}
     names = [f"{streams} at once" for streams in cpu.STREAMS]
     assert list(figures["first_sound_s"]) == names
     assert all(first <= median <= last for first, median, last in figures["first_sound_s"].values())
-    assert [f"ours, {name}" for name in names] == list(figures["frames_per_s"])
+    assert {f"{form}, {name}" for form in ("fp32", "int8") for name in names} == set(figures["frames_per_s"])
+    assert (figures["form"], list(figures["forms"])) == ("fp32", ["fp32", "int8"])
     assert min(figures["frames_per_s"].values()) > 0
-    assert figures["peak_mb"]["ours"] >= figures["anonymous_mb"]["ours"] > 10
-    assert len(figures["ready_s"]["ours"]) == 2
+    assert figures["peak_mb"]["int8"] >= figures["anonymous_mb"]["int8"] > 10
+    assert len(figures["ready_s"]["int8"]) == 2
     for title in ("Medians", "Memory and start", "GB/s"):
         assert title in printed
 

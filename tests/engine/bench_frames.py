@@ -1,6 +1,7 @@
 """Milliseconds per frame of the language model at real size, with random weights, beside the bound that memory sets.
 
-python -m tests.engine.bench_frames [--size 0.6b|1.7b] [--folder DIR] [--threads 1] [--rows 1 8] [--profile]
+python -m tests.engine.bench_frames [--size 0.6b|1.7b] [--folder DIR] [--threads 1] [--rows 1 8] [--weights int8]
+                                    [--profile]
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
+from torch import Tensor
 
+from api.src.engine.codec import CodecDecoder
+from api.src.engine.codec_layers import MatrixKernel, ResidualUnit
 from api.src.engine.language_model import LanguageModel
-from api.src.engine.linear import HalfProduct, Linear
+from api.src.engine.linear import Form, Linear
 from api.src.engine.prompt import PromptRows
 from api.src.engine.sampling import Sampling
 from api.src.engine.talker import Talker
@@ -33,9 +38,9 @@ def reads_per_frame(model: LanguageModel) -> tuple[int, int]:
         if isinstance(part, Linear) and "text_projection" not in name:
             repeated = "code_predictor.model" in name
             passes = model.config.talker_config.num_code_groups - 1 if repeated else 1
-            width = 2 if isinstance(part._product, HalfProduct) else model.weight.element_size()
+            width = part.weight_bytes
             count += sizes[name] * passes
-            total += sizes[name] * passes * width
+            total += round(sizes[name] * passes * width)
     return total, count
 
 
@@ -45,10 +50,31 @@ def read_speed(dtype: torch.dtype = torch.float32, device: torch.device | str = 
     return block.nbytes / min(_timed(lambda: block.sum().item()) for _ in range(5))
 
 
-def multiply_speed(dtype: torch.dtype = torch.float32) -> float:
-    """Floating point operations per second of a square product, the best of 10."""
-    block = torch.randn(1024, 1024).to(dtype)
-    return 2 * 1024**3 / min(_timed(lambda: block @ block) for _ in range(10))
+def multiply_speed(form: Form = "fp32") -> float:
+    """Operations per second of a square product with weights in that form, the best of 10."""
+    block = torch.randn(1024, 1024)
+    product = Linear(1024, 1024)
+    product.weight.data.copy_(block)
+    if form != "fp32":
+        product.settle(form)
+    with torch.inference_mode():
+        return 2 * 1024**3 / min(_timed(lambda: product(block)) for _ in range(10))
+
+
+def narrow_flop(codec: CodecDecoder) -> float:
+    """Operations per frame that the codec does in bf16, counted."""
+    counted: list[int] = []
+
+    def count(product: Linear, given: tuple[Tensor], out: Tensor) -> None:
+        counted.append(2 * given[0].numel() * out.shape[1])
+
+    narrow = [part.product for part in codec.modules() if isinstance(part, MatrixKernel) and part.dtype]
+    narrow += [part.narrow_mix for part in codec.modules() if isinstance(part, ResidualUnit) and part.narrow_mix]
+    hooks = [product.register_forward_hook(count) for product in narrow]
+    codec.decode_full(torch.zeros(1, 2, codec.codebooks.shape[0], dtype=torch.long))
+    for hook in hooks:
+        hook.remove()
+    return sum(counted) / 2
 
 
 def measure(model: LanguageModel, rows: int, frames: int) -> list[tuple[float, float]]:
@@ -86,15 +112,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--weights", default="fp32", choices=get_args(Form))
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     folder = args.folder or Path(tempfile.gettempdir()) / f"random-{args.size}"
-    model = LanguageModel.load(build(folder, args.size), dtype)
+    model = LanguageModel.load(build(folder, args.size), dtype, weights=args.weights)
     speed, amount = read_speed(dtype), reads_per_frame(model)[0]
     print(
-        f"{args.size} {args.dtype} {args.threads} threads: {amount / 1e6:.0f} MB a frame, {speed / 1e9:.1f} GB/s",
+        f"{args.size} {args.dtype} {args.weights} {args.threads} threads: {amount / 1e6:.0f} MB a frame, "
+        f"{speed / 1e9:.1f} GB/s",
         end="",
     )
     print(f": at least {1e3 * amount / speed:.0f} ms")

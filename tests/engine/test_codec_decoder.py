@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import api.src.engine.codec_layers as codec_layers
 from api.src.engine.codec import STEP_FRAMES, CodecDecoder, CodecState, reference_cut
+from api.src.engine.codec_layers import MatrixKernel
 from api.src.engine.errors import CheckpointError
+from api.src.engine.products import brain_product
 from tests.engine.codec_cases import DECODES, STRIDE, codes
 
 DATA = Path(__file__).parent / "data"
@@ -295,3 +298,38 @@ def test_unusable_checkpoints_are_named(
 def test_a_missing_codec_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         CodecDecoder.load(tmp_path)
+
+
+# --- wide products in bf16 ---
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> CodecDecoder:
+    """The tiny codec, with so low a bound that most of its products are narrow."""
+    if brain_product(torch.ones(16, 16), None) is None:
+        pytest.skip("no bf16 on this processor")
+    monkeypatch.setattr(codec_layers, "MATMUL_CHANNELS", 16)
+    return CodecDecoder.load(DATA / "tiny", narrow=True)
+
+
+def test_bf16_products_lose_less_than_bf16_throughout(narrow: CodecDecoder) -> None:
+    """These random weights magnify rounding; what counts is the comparison with what the official package does."""
+    kernels = [part for part in narrow.modules() if isinstance(part, MatrixKernel)]
+    assert len(kernels) > 3
+    assert all(kernel.dtype == torch.bfloat16 for kernel in kernels)
+    throughout = CodecDecoder.load(DATA / "tiny", torch.bfloat16)
+    lost = [decibels(other.decode_full(stream(40)) - full(40), full(40)) for other in (narrow, throughout)]
+    print(f"noise below the sound: {lost[0]:.1f} dB, in bf16 throughout {lost[1]:.1f} dB")
+    assert -80 < lost[0] < min(-20, lost[1])
+
+
+def decibels(x: torch.Tensor, of: torch.Tensor) -> float:
+    return 10 * float((x.square().mean() / of.square().mean()).log10())
+
+
+def test_a_stream_in_bf16_may_be_divided_too(narrow: CodecDecoder) -> None:
+    whole = narrow.decode_full(stream(30))
+    level = float(whole.square().mean().sqrt())
+    for lengths in ([1] * 30, [7, 1, 12, 10]):
+        apart = in_steps(stream(30), lengths, narrow)
+        assert float((apart - whole).square().mean().sqrt()) < 0.02 * level

@@ -75,7 +75,7 @@ def test_chunks_are_taken_apart_into_few_pieces_in_order(frames: int) -> None:
 def plain_linears() -> Iterator[None]:
     """Weights as they are on a GPU: a CPU's packed forms are no tensors, and cannot be traced."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Linear, "settle", lambda self: None)
+        patch.setattr(Linear, "settle", lambda self, *given, **named: None)
         yield
 
 

@@ -47,8 +47,8 @@ def model_id(config: ModelConfig) -> str:
     return f"qwen3-tts-12hz-{size}-{config.tts_model_type.replace('_', '-')}"
 
 
-def served(config: ModelConfig, revision: str) -> Model:
-    """What the checkpoint serves; no voices if it only clones."""
+def served(config: ModelConfig, revision: str, weights: str = "") -> Model:
+    """What the checkpoint serves; no voices if it only clones. `weights`: as Model's."""
     voices = tuple(_voices(config, revision))
     ids = {voice.id for voice in voices}
     return Model(
@@ -57,6 +57,7 @@ def served(config: ModelConfig, revision: str) -> Model:
         aliases={alias: name if name in ids else voices[0].id for alias, name in ALIASES.items() if voices},
         languages=tuple(name for name in config.talker_config.codec_language_id if "dialect" not in name),
         revision=revision,
+        weights=weights,
     )
 
 

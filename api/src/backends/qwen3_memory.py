@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..engine.config import ModelConfig
+from ..engine.linear import Form
 from ..errors import NotReady
 
 CODEC_SLOT_BYTES = 6_000_000
@@ -23,13 +24,25 @@ WORKING_BYTES = 300_000_000
 GPU_WORKING_BYTES = 2_000_000_000
 """The same on a GPU: libraries' workspaces and more than a hundred graphs. Not measured yet, hence generous."""
 
+QUANTISED_SHARE: dict[Form, float] = {"int8": 0.6, "int4": 0.4}
+"""Of 16 bits; what is small in the model stays at them."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
-def require(folder: Path, config: ModelConfig, *, slots: int, positions: int, dtype: torch.dtype, device: str) -> None:
+def require(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    slots: int,
+    positions: int,
+    dtype: torch.dtype,
+    device: str,
+    weights: Form = "fp32",
+) -> None:
     """Raise NotReady if the checkpoint and its slots would not fit. Where nothing is known, nothing is refused."""
-    needed = needed_bytes(folder, config, slots=slots, positions=positions, dtype=dtype, device=device)
+    needed = needed_bytes(folder, config, slots=slots, positions=positions, dtype=dtype, device=device, weights=weights)
     free = free_bytes(device)
     if free is not None and needed > free:
         raise NotReady(
@@ -39,7 +52,14 @@ def require(folder: Path, config: ModelConfig, *, slots: int, positions: int, dt
 
 
 def needed_bytes(
-    folder: Path, config: ModelConfig, *, slots: int, positions: int, dtype: torch.dtype, device: str
+    folder: Path,
+    config: ModelConfig,
+    *,
+    slots: int,
+    positions: int,
+    dtype: torch.dtype,
+    device: str,
+    weights: Form = "fp32",
 ) -> int:
     """Weights as they will lie in memory, keys and values of all slots, codec states."""
     talker = config.talker_config
@@ -50,6 +70,9 @@ def needed_bytes(
     scale = 1.0 if narrow else width / 2
     working = WORKING_BYTES if device == "cpu" else GPU_WORKING_BYTES
     language_model = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    table = talker.text_vocab_size * talker.text_hidden_size * 2  # which is never quantised
+    if narrow and weights in QUANTISED_SHARE and language_model > table:
+        language_model = table + int((language_model - table) * QUANTISED_SHARE[weights])
     codec = sum(path.stat().st_size for path in (folder / "speech_tokenizer").glob("*.safetensors"))
     return int(language_model * scale) + codec + slots * (keys * positions + CODEC_SLOT_BYTES) + working
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import filecmp
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -18,7 +20,10 @@ from ..domain import ModelStats
 from ..engine.codec import CodecDecoder
 from ..engine.config import ModelConfig
 from ..engine.errors import EngineError
-from ..engine.loading import SpeechModel, load_model
+from ..engine.form_choice import choose_form
+from ..engine.forms import cache_folders
+from ..engine.linear import Form
+from ..engine.loading import SpeechModel, load_model, narrow_codec
 from ..engine.messages import Limits
 from ..errors import NotReady, SynthesisFailed
 from . import qwen3_checkpoint, qwen3_memory
@@ -29,27 +34,37 @@ logger = logging.getLogger(__name__)
 CODEC = "speech_tokenizer"
 CODEC_FILES = (".json", ".safetensors")
 STOP_S = 30.0
+WEIGHTS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen3-tts"
+"""For quantised weights, where a checkpoint's own folder cannot be written to."""
+AskedForm = Literal["auto", Form]
 
 
 class Codecs:
-    """The codec's decoders that are loaded: all published checkpoints have the same one, and share it."""
+    """The codec's decoders that are loaded: all published checkpoints have the same one, and share it.
+
+    `narrow`: whether its wide products are in bf16.
+    """
 
     def __init__(self) -> None:
-        self._loaded: list[tuple[Path, CodecDecoder]] = []
+        self._loaded: list[tuple[Path, bool, CodecDecoder]] = []
 
-    def of(self, folder: Path) -> CodecDecoder | None:
+    def of(self, folder: Path, narrow: bool) -> CodecDecoder | None:
         """The decoder, if a checkpoint with the very same files was loaded before."""
-        return next((codec for known, codec in self._loaded if known == folder or _same_files(known, folder)), None)
+        for known, form, codec in self._loaded:
+            if form == narrow and (known == folder or _same_files(known, folder)):
+                return codec
+        return None
 
-    def keep(self, folder: Path, codec: CodecDecoder) -> None:
+    def keep(self, folder: Path, narrow: bool, codec: CodecDecoder) -> None:
         """Remember it for the checkpoints to come."""
-        if all(codec is not known for _, known in self._loaded):
-            self._loaded.append((folder, codec))
+        if all(codec is not known for _, _, known in self._loaded):
+            self._loaded.append((folder, narrow, codec))
 
 
 class Qwen3Model:
     """A checkpoint that can be borrowed. Used on one event loop.
 
+    `cpu_weights`: the form of the weights on a CPU, where "auto" takes a second's measurement the first time.
     `unload_after_s`: seconds without a borrower after which its memory is given back; 0 for never.
     """
 
@@ -61,13 +76,18 @@ class Qwen3Model:
         fewer_slots: bool = False,
         device: str,
         dtype: str,
+        cpu_weights: AskedForm,
         codecs: Codecs,
         unload_after_s: float = 0.0,
     ) -> None:
         """Raises EngineError if the folder is no checkpoint."""
         self.folder = folder
         self.config = ModelConfig.read(folder)
-        self.served = qwen3_checkpoint.served(self.config, qwen3_checkpoint.identity(folder, dtype))
+        self._weights_cache = cache_folders(folder, WEIGHTS_CACHE)
+        self._weights, why = self._form(cpu_weights, device, dtype)
+        self._narrow_codec = narrow_codec(self._weights, device)
+        self._sounding = (dtype, self._weights, f"narrow codec: {self._narrow_codec}")
+        self.served = qwen3_checkpoint.served(self.config, qwen3_checkpoint.identity(folder, *self._sounding), why)
         self._slots, self._fewest_slots = slots, 1 if fewer_slots else slots
         self._device, self._dtype = device, dtype
         self._codecs, self._unload_after_s = codecs, unload_after_s
@@ -147,11 +167,21 @@ class Qwen3Model:
         except (OSError, RuntimeError) as error:  # a disk's, a driver's
             raise NotReady(f"{self.folder.name} cannot be used on {self._device}: {error}") from error
         arenas = f"{model.steps.nbytes / 1e9:.2f} GB for {model.engine.slots} slots"
-        logger.info("%s is loaded on %s: %s, %s", self.served.id, self._device, arenas, model.steps.describe())
+        how = [arenas, model.steps.describe(), *([f"weights in {self.served.weights}"] if self.served.weights else [])]
+        logger.info("%s is loaded on %s: %s", self.served.id, self._device, ", ".join(how))
         return model
 
+    def _form(self, asked: AskedForm, device: str, dtype: str) -> tuple[Form, str]:
+        """The form of the weights and, where there is a choice, what it is and why."""
+        if device != "cpu" or dtype != "float32":
+            return "fp32", ""
+        if asked != "auto":
+            return asked, f"{asked}: asked for"
+        choice = choose_form(self.config.talker_config, self._weights_cache)
+        return choice.form, choice.reason
+
     def _read(self) -> SpeechModel:
-        if qwen3_checkpoint.identity(self.folder, self._dtype) != self.served.revision:
+        if qwen3_checkpoint.identity(self.folder, *self._sounding) != self.served.revision:
             raise NotReady(f"The files of {self.folder.name} have changed: the server must be started anew.")
         dtype: torch.dtype = getattr(torch, self._dtype)
         slots = self._fitting_slots(dtype)
@@ -160,7 +190,9 @@ class Qwen3Model:
             slots=slots,
             device=self._device,
             dtype=dtype,
-            codec=self._codecs.of(self.folder),
+            codec=self._codecs.of(self.folder, self._narrow_codec),
+            weights=self._weights,
+            weights_cache=self._weights_cache,
             positions=POSITIONS,
             limits=Limits(
                 slots=slots,
@@ -168,7 +200,7 @@ class Qwen3Model:
                 outbox_frames=POSITIONS,  # a slow reader costs 8 MB at most, but never holds a slot
             ),
         )
-        self._codecs.keep(self.folder, model.codec)
+        self._codecs.keep(self.folder, self._narrow_codec, model.codec)
         return model
 
     def _fitting_slots(self, dtype: torch.dtype) -> int:
@@ -177,7 +209,13 @@ class Qwen3Model:
         while True:
             try:
                 qwen3_memory.require(
-                    self.folder, self.config, slots=slots, positions=POSITIONS, dtype=dtype, device=self._device
+                    self.folder,
+                    self.config,
+                    slots=slots,
+                    positions=POSITIONS,
+                    dtype=dtype,
+                    device=self._device,
+                    weights=self._weights,
                 )
             except NotReady:
                 if slots == self._fewest_slots:

@@ -16,7 +16,7 @@ from ..engine.errors import EngineError
 from ..engine.tokenizer import TextTokenizer
 from ..errors import NotReady
 from . import qwen3_hub
-from .qwen3_model import Codecs, Qwen3Model
+from .qwen3_model import AskedForm, Codecs, Qwen3Model
 from .qwen3_speech import speak
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Qwen3TTSBackend:
 
     `models`: folders or names of the hub's. `slots`: segments that each speaks at once, fewer with `fewer_slots` where
     memory is short. `dtype`: of the language models, "float32" or "bfloat16"; None for float32 on a CPU and bfloat16
-    elsewhere. `unload_after_s`: as Qwen3Model.
+    elsewhere. `cpu_weights`: their form on a CPU; "auto" for the fastest that is safe. `unload_after_s`: as Qwen3Model.
     """
 
     name = "qwen3"
@@ -40,11 +40,13 @@ class Qwen3TTSBackend:
         fewer_slots: bool = False,
         device: str = "cpu",
         dtype: str | None = None,
+        cpu_weights: AskedForm = "fp32",
         unload_after_s: float = 0.0,
     ) -> None:
         self._names, self._device = models, device
         self._slots, self._fewer_slots = slots, fewer_slots
         self._dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        self._cpu_weights: AskedForm = cpu_weights
         self._unload_after_s = unload_after_s
         self._phase = Readiness(False, "starting")
         self._models: dict[str, Qwen3Model] = {}
@@ -119,12 +121,14 @@ class Qwen3TTSBackend:
             logger.info("downloading %s", name)
             folder = await qwen3_hub.download_apart(name)
         try:
-            return Qwen3Model(
+            return await asyncio.to_thread(
+                Qwen3Model,
                 folder,
                 slots=self._slots,
                 fewer_slots=self._fewer_slots,
                 device=self._device,
                 dtype=self._dtype,
+                cpu_weights=self._cpu_weights,
                 codecs=codecs,
                 unload_after_s=self._unload_after_s,
             )

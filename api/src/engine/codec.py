@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from .codec_layers import (
     CausalConv,
     DecoderBlock,
+    MatrixKernel,
     Output,
+    ResidualUnit,
     Stage,
     TailLayout,
     Tensors,
@@ -102,8 +104,18 @@ class CodecDecoder(nn.Module):
         self.frame_samples = math.prod(config.upsampling_ratios) * math.prod(config.upsample_rates)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Self:
+    def load(
+        cls,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        narrow: bool = False,
+    ) -> Self:
         """The decoder of the checkpoint in `folder`, which holds speech_tokenizer/ or is that folder.
+
+        `narrow`: the products of many channels, most of its work, are in bf16 on a CPU; what is small in weights and
+        near the sound stays. On random weights that costs 10 dB less than all in bf16, as the official package has it.
 
         Raises:
             CheckpointError: whatever makes the checkpoint unusable.
@@ -116,6 +128,10 @@ class CodecDecoder(nn.Module):
             if unused := [name for name in tensors.unused() if not name.endswith(".input_proj.weight")]:
                 raise CheckpointError(f"{folder} has unexpected tensors: {', '.join(unused[:3])}")
         decoder = decoder.to(device, dtype).eval()
+        if narrow:
+            for part in decoder.modules():
+                if isinstance(part, MatrixKernel | ResidualUnit):
+                    part.narrow()
         if dtype != torch.float64:
             settle(decoder)
         return decoder

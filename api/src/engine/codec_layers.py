@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError
 from .linear import Linear
+from .products import brain_product
 from .weights import Checkpoint
 
 DILATIONS = (1, 3, 9)
@@ -68,6 +69,15 @@ def linear(matrix: Tensor, bias: Tensor | None = None) -> Linear:
     if bias is not None:
         layer.bias = weight(bias)
     return layer
+
+
+def narrowed(layer: Linear) -> torch.dtype | None:
+    """Have the product in bf16: the dtype of its rows. None, and nothing has changed, where there is none."""
+    product = brain_product(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+    if product is None:
+        return None
+    layer.adopt(product)
+    return torch.bfloat16
 
 
 def rows(layer: nn.Module, x: Tensor) -> Tensor:
@@ -138,10 +148,16 @@ class MatrixKernel(nn.Module):
     def __init__(self, kernel: Tensor, bias: Tensor, dilation: int) -> None:
         super().__init__()
         self.taps, self.dilation = kernel.shape[2], dilation
+        self.dtype: torch.dtype | None = None  # of the product's rows, where it is not the window's
         self.product = linear(kernel.transpose(1, 2).flatten(1), bias)  # [out, k * in]
 
     def forward(self, window: Tensor) -> Tensor:
-        return rows(self.product, unfold(window, self.taps, self.dilation).flatten(2))
+        narrow = window.to(self.dtype or window.dtype)  # before the taps multiply it
+        return rows(self.product, unfold(narrow, self.taps, self.dilation).flatten(2)).to(window.dtype)
+
+    def narrow(self) -> None:
+        """Have the product in bf16."""
+        self.dtype = narrowed(self.product)
 
 
 class ImageKernel(nn.Module):
@@ -275,12 +291,21 @@ class ResidualUnit(nn.Module):
         pointwise = tensors / "conv2.conv"
         self.mix = weight(pointwise.get("weight", channels, channels, 1).squeeze(2).t())  # [in, out]
         self.bias = weight(pointwise.get("bias", channels))
+        self.narrow_mix: Linear | None = None
 
     def forward(self, x: Tensor, tails: Tensor) -> Tensor:
         """x [B, T, C], contiguous, is overwritten."""
         hidden = self.act2.inplace(self.conv1.activated(self.act1, x, tails))
+        if self.narrow_mix is not None:
+            return x.add_(rows(self.narrow_mix, hidden))
         x.add_(self.bias).flatten(0, 1).addmm_(hidden.flatten(0, 1), self.mix)
         return x
+
+    def narrow(self) -> None:
+        """Have the pointwise product in bf16, if it is one of many channels."""
+        product = linear(self.mix.t(), self.bias)
+        if self.mix.shape[0] >= MATMUL_CHANNELS and narrowed(product) is not None:
+            self.narrow_mix = product
 
 
 class DecoderBlock(Stage):

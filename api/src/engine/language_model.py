@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .forms import Settler
 from .kernels import PLAIN, Way, chosen
 from .layers import rotations, use
-from .linear import settle, settle_one
+from .linear import Form, settle
 from .prompt import PromptRows
 from .sampling import Sampling, choose, draws, penalise
 from .slots import Lengths, PaddedPromptMemory, PromptMemory, Slots, StepShape
@@ -59,11 +60,14 @@ class LanguageModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         *,
+        weights: Form = "fp32",
+        weights_cache: Sequence[Path] = (),
         kernels: bool = True,
     ) -> LanguageModel:
         """The checkpoint in `folder`.
 
-        The text table, of which single rows are read, keeps the file's dtype. `kernels`: as __init__'s.
+        The text table, of which single rows are read, keeps the file's dtype. `weights`: their form on a CPU; quantised
+        ones are kept in the first folder of `weights_cache` that can be used. `kernels`: as __init__'s.
 
         Raises:
             CheckpointError: whatever makes the checkpoint unusable.
@@ -77,7 +81,8 @@ class LanguageModel:
                 return talker
 
             talker = empty(build, device=device)
-            load(talker, checkpoint, _PREFIX, filled=settle_one)
+            with Settler(talker, weights, checkpoint=folder, cache=weights_cache) as settler:
+                load(talker, checkpoint, _PREFIX, ready=settler.ready, filled=settler.filled)
         return cls(config, talker, kernels=kernels)
 
     def use(self, way: Way) -> None:

@@ -5,7 +5,7 @@ Owns the putting together, and what a request costs in rows. A codec decoder tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -26,7 +26,9 @@ from .errors import EngineError
 from .graphs import Capture, CudaCapture
 from .lanes import CudaLane, Lane
 from .language_model import LanguageModel
+from .linear import Form
 from .messages import Limits, Request
+from .products import multiplies_bf16
 from .prompt import Prompt, PromptBuilder, Reference
 from .reference import SpeakerEncoder
 from .runner import TorchRunner
@@ -119,13 +121,15 @@ def load_model(
     threads: int | None = None,
     capture: Capture | None = None,
     kernels: bool = True,
+    weights: Form = "fp32",
+    weights_cache: Sequence[Path] = (),
 ) -> SpeechModel:
     """The checkpoint in `folder`, with arenas for `slots` streams of `positions` prompt rows and frames each.
 
     `codec`: a decoder loaded before, for all checkpoints have the same. `limits.slots` must equal `slots`.
     On a CPU, no more prompts go into one step than pay off. `threads`: torch's, of the whole process; None: as many as
     cores that it may use. `capture`: makes graphs of all work; None: CUDA's on a GPU, none on a CPU. `kernels`: fused
-    ones on a GPU, where they work.
+    ones on a GPU, where they work. `weights`, `weights_cache`: as LanguageModel.load's.
 
     Raises:
         CheckpointError: whatever makes the checkpoint unusable.
@@ -134,8 +138,8 @@ def load_model(
     torch.set_num_threads(threads or usable_cores())
     tokenizer = TextTokenizer(folder)
     codec_config = CodecConfig.read(folder)
-    model = LanguageModel.load(folder, dtype, device, kernels=kernels)
-    codec = codec or CodecDecoder.load(folder, codec_dtype, device)
+    model = LanguageModel.load(folder, dtype, device, weights=weights, weights_cache=weights_cache, kernels=kernels)
+    codec = codec or CodecDecoder.load(folder, codec_dtype, device, narrow=narrow_codec(weights, device))
     builder = PromptBuilder(model.config, tokenizer, model.talker)
     limits = limits or Limits(slots=slots, codec_frames=max(64, slots))
     on_cpu = torch.device(device).type == "cpu"
@@ -165,6 +169,11 @@ def load_model(
         SpeakerEncoder.load(folder, device) if clones else None,
         CodecEncoder.load(folder, device) if clones else None,
     )
+
+
+def narrow_codec(weights: Form, device: torch.device | str) -> bool:
+    """Whether the codec's wide products are in bf16: where the weights' form need not be exact, and it is faster."""
+    return weights != "fp32" and torch.device(device).type == "cpu" and multiplies_bf16()
 
 
 def _prepare(steps: Steps, threads: int) -> None:

@@ -107,12 +107,14 @@ def load(
     prefix: str = "",
     *,
     ignore: tuple[str, ...] = (),
+    ready: Callable[[nn.Module], bool] = lambda part: False,
     filled: Callable[[nn.Module], object] = lambda part: None,
 ) -> None:
     """Fill every parameter and buffer of `module` from the tensors named `prefix` + its own name.
 
     Converts to the destination's dtype and device. `ignore`: prefixes (after `prefix`) of tensors that are not for it.
-    `filled` is called with each part of `module` as soon as its own tensors are in.
+    `ready` is asked of each part of `module` whether it has what it needs already: none of its own tensors is read
+    then. `filled` is called with each other part as soon as its own tensors are in.
 
     Raises:
         CheckpointError: a tensor that is missing, has another shape, or that nobody asked for under `prefix`.
@@ -128,6 +130,8 @@ def load(
     with torch.no_grad():
         while parts:  # taken apart, as a view would keep alive the weight that `filled` replaces
             part, own = parts.pop(0)
+            if ready(part):
+                continue
             while own:
                 _fill(*own.popitem(), checkpoint)
             filled(part)

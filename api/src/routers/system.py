@@ -34,8 +34,9 @@ async def ready(request: Request, service: Service) -> JSONResponse:
 
 @router.get("/version", responses={503: {"model": ErrorResponse}})
 async def version(request: Request, service: Service) -> dict[str, Any]:
-    """The server's version, the backend that speaks, and why it is that one."""
-    return {"version": request.app.version, **_backend(request, service)}
+    """The server's version, the backend that speaks, why it is that one, and how its models' weights are held."""
+    weights = {model.id: model.weights for model in service.backend.models if model.weights}
+    return {"version": request.app.version, **_backend(request, service), "weights": weights}
 
 
 @router.get("/metrics", response_class=Response, responses={503: {"model": ErrorResponse}})
