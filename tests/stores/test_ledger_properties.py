@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import sqlite3
 import tempfile
-from contextlib import AbstractAsyncContextManager, closing
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from api.src.domain import UsageEvent
 from api.src.errors import HoldLost, InsufficientBalance, InvalidRequest, Unavailable
 from api.src.stores.ledger import Hold, IdempotencyKey
-from api.src.stores.ledger_sqlite import SqliteLedger
+from api.src.stores.ledger_front import StoredLedger
+from tests.postgres import PostgresServer
+from tests.stores.ledgers import LedgerStore, PostgresStore, SqliteStore
 
 ACCOUNTS = st.sampled_from(["ann", "bob"])
 AMOUNTS = st.integers(0, 30)
@@ -41,10 +44,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
     leases = Bundle("leases")
 
+    @abstractmethod
+    def new_store(self) -> LedgerStore:
+        """An empty database."""
+
+    @abstractmethod
+    def drop_store(self) -> None: ...
+
     @initialize()
     def open_two(self) -> None:
-        self.folder = Path(tempfile.mkdtemp())
-        self.path = self.folder / "ledger.db"
+        self.store = self.new_store()
         self.runner = asyncio.Runner()
         self.open: list[Lease] = []
         self.credited: dict[str, int] = {}
@@ -52,11 +61,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.paid: dict[tuple[str, str], int] = {}
         self.spent: dict[str, int] = {}
         self.number = 0
-        self.ledgers: list[SqliteLedger] = []
+        self.ledgers: list[StoredLedger] = []
         self.owners = [self.start(), self.start()]
 
     def start(self) -> int:
-        ledger = SqliteLedger(self.path)
+        ledger = self.store.ledger()
         self.runner.run(ledger.start())
         self.ledgers.append(ledger)
         return len(self.ledgers) - 1
@@ -66,7 +75,7 @@ class LedgerMachine(RuleBasedStateMachine):
         ledger = self.ledgers[self.owners[side]]
         before = self.runner.run(ledger.balance(account))
         known = self.rows(
-            "SELECT 1 FROM entries WHERE kind = 'credit' AND account = ? AND reference = ?", account, str(reference)
+            f"SELECT 1 FROM entries WHERE kind = 'credit' AND account = '{account}' AND reference = '{reference}'"
         )
         after = self.runner.run(ledger.credit(account, micros, str(reference)))
         assert after == (before if known else (before or 0) + micros)
@@ -92,7 +101,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(account=ACCOUNTS, value=st.sampled_from("xy"), side=st.integers(0, 1))
     def reuse_a_key(self, account: str, value: str, side: int) -> None:
-        if not self.rows("SELECT 1 FROM idempotency_keys WHERE account = ? AND value = ?", account, value):
+        if not self.rows(f"SELECT 1 FROM idempotency_keys WHERE account = '{account}' AND value = '{value}'"):
             return
         manager = self.ledgers[self.owners[side]].hold(account, "r", 1, key=IdempotencyKey(value, "other"))
         with pytest.raises(InvalidRequest):
@@ -150,16 +159,15 @@ class LedgerMachine(RuleBasedStateMachine):
         """It closes, or its lease runs out and the other notices; a new one takes its place."""
         owner, other = self.owners[side], self.ledgers[self.owners[1 - side]]
         if dead:
-            with closing(sqlite3.connect(self.path)) as connection, connection:
-                connection.execute("UPDATE owners SET lease_until = 0 WHERE id = ?", (self.ledgers[owner]._owner,))
+            self.store.query(f"UPDATE owners SET lease_until = 0 WHERE id = '{self.ledgers[owner]._owner}'")
             self.runner.run(self.tick(other))
         else:
             self.runner.run(self.ledgers[owner].close())
         self.open = [lease for lease in self.open if lease.owner != owner]
         self.owners[side] = self.start()
 
-    async def tick(self, ledger: SqliteLedger) -> None:
-        await ledger._writer.submit(ledger._upkeep)
+    async def tick(self, ledger: StoredLedger) -> None:
+        await ledger._writer._enqueue(ledger._writer._tick)
 
     @invariant()
     def the_laws_hold(self) -> None:
@@ -187,14 +195,14 @@ class LedgerMachine(RuleBasedStateMachine):
         for ledger in self.ledgers:
             self.runner.run(ledger.close())
         self.runner.close()
-        shutil.rmtree(self.folder)
+        self.drop_store()
 
     def leave(self, lease: Lease) -> None:
         self.open.remove(lease)
         self.runner.run(lease.manager.__aexit__(None, None, None))  # type: ignore[arg-type]
 
     def held(self, lease: Lease) -> int:
-        return int(self.rows("SELECT held FROM holds WHERE id = ?", lease.hold.id)[0][0])
+        return int(self.rows(f"SELECT held FROM holds WHERE id = {lease.hold.id}")[0][0])
 
     def covered(self, key: tuple[str, str] | None, wallet: bool) -> int:
         """What a key's requests have paid or still reserve."""
@@ -203,15 +211,46 @@ class LedgerMachine(RuleBasedStateMachine):
         siblings = [lease for lease in self.open if lease.key == key and lease.wallet == wallet]
         return self.paid.get(key, 0) + sum(self.held(lease) for lease in siblings)
 
-    def rows(self, sql: str, *values: object) -> list[tuple[int]]:
-        with closing(sqlite3.connect(self.path)) as connection:
-            return connection.execute(sql, values).fetchall()
+    def rows(self, sql: str) -> list[tuple[int]]:
+        return self.store.query(sql)
 
 
-LedgerMachine.TestCase.settings = settings(
-    max_examples=30,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-TestLedgerLaws = LedgerMachine.TestCase
+class SqliteMachine(LedgerMachine):
+    def new_store(self) -> LedgerStore:
+        self.folder = Path(tempfile.mkdtemp())
+        return SqliteStore(self.folder / "ledger.db")
+
+    def drop_store(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+class PostgresMachine(LedgerMachine):
+    server: PostgresServer
+
+    def new_store(self) -> LedgerStore:
+        return PostgresStore(self.server)
+
+    def drop_store(self) -> None:
+        self.store.drop()
+
+
+@pytest.fixture
+def machines_server(postgres: PostgresServer) -> Iterator[None]:
+    PostgresMachine.server = postgres
+    yield
+    del PostgresMachine.server
+
+
+def machine_settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=30,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+SqliteMachine.TestCase.settings = machine_settings(30)
+PostgresMachine.TestCase.settings = machine_settings(12)  # each is seven times as slow
+TestLedgerLaws = SqliteMachine.TestCase
+TestLedgerLawsInPostgres = pytest.mark.usefixtures("machines_server")(PostgresMachine.TestCase)

@@ -1,7 +1,8 @@
 """The words of billing: a hold, the ledger that gives holds, and the laws that every ledger keeps.
 
-Owns the protocol alone. Where the money is stored belongs to the implementations (ledger_sqlite.py), what
-something costs to rates.py, and when to hold, extend and settle to the service.
+Owns the protocol alone. The laws as code are ledger_laws.py's, where the money is stored belongs to the
+implementations (ledger_sqlite.py, ledger_postgres.py), what something costs to rates.py, and when to hold, extend and
+settle to the service.
 
 Amounts are integer micro-units from 0 to MAX_MICROS. The laws:
 
@@ -15,7 +16,8 @@ not even at its end.
 
 Owners. Each ledger object owns the holds it gave and renews its lease three times per term. A living ledger
 releases the holds of owners whose lease has run out, never those of a living one. Leases compare the wall
-clocks of the processes; a clock that jumps by more than a lease loses holds (HoldLost), never money.
+clocks of the processes, or the database's where it has one; a clock that jumps by more than a lease loses holds
+(HoldLost), never money.
 
 Idempotency. The requests of one key together cost what the dearest that was settled costs, and none gets its
 sound for nothing because another hung up:
@@ -50,7 +52,12 @@ class IdempotencyKey:
 
 
 class Hold(Protocol):
-    """Money reserved for one request. Every method may raise Unavailable; then nothing has happened."""
+    """Money reserved for one request.
+
+    Every method may raise Unavailable; then nothing has happened, or, where the answer of a database was lost and it
+    cannot be asked, it may have. Either way a settle may be repeated with the same event, and leaving the hold without
+    doing so gives back what was not settled.
+    """
 
     @property
     def id(self) -> int: ...

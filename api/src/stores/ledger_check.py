@@ -1,10 +1,12 @@
-"""Proves the laws of ledger.py over a SQLite ledger file. Owns the queries, changes nothing."""
+"""Proves the laws of ledger.py over stored books. Owns the queries, in SQL that every database understands."""
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 _WALLET_SUM = """
     SELECT entries.account, sum(CASE kind WHEN 'hold' THEN -entries.micros ELSE entries.micros END) AS micros
@@ -18,27 +20,27 @@ _HOLD_SUM = """
     FROM entries WHERE hold IS NOT NULL GROUP BY hold
 """
 
-_LAWS = {
+LAWS = {
     "account {}: the balance is {}, its entries make {}": f"""
         SELECT account, balances.micros, coalesce(sums.micros, 0)
         FROM balances LEFT JOIN ({_WALLET_SUM}) AS sums USING (account)
         WHERE balances.micros <> coalesce(sums.micros, 0)
         UNION ALL
-        SELECT account, NULL, micros FROM ({_WALLET_SUM}) WHERE account NOT IN (SELECT account FROM balances)
+        SELECT account, NULL, micros FROM ({_WALLET_SUM}) AS sums WHERE account NOT IN (SELECT account FROM balances)
     """,
     "account {}: the balance of {} is below zero": "SELECT account, micros FROM balances WHERE micros < 0",
     "entry {}: {} micro-units are below zero": "SELECT id, micros FROM entries WHERE micros < 0",
     "entry {}: its hold {} is not of its account {}": """
         SELECT entries.id, entries.hold, entries.account
         FROM entries LEFT JOIN holds ON holds.id = entries.hold
-        WHERE kind <> 'credit' AND entries.account IS NOT holds.account
+        WHERE kind <> 'credit' AND (entries.account = holds.account) IS NOT TRUE
     """,
     "hold {}: {}, with {} held, though its entries leave {}": f"""
-        SELECT id, state, held, coalesce(micros, 0) FROM holds LEFT JOIN ({_HOLD_SUM}) ON hold = id
+        SELECT id, state, held, coalesce(micros, 0) FROM holds LEFT JOIN ({_HOLD_SUM}) AS sums ON hold = id
         WHERE held <> coalesce(micros, 0) OR held < 0 OR (state <> 'open' AND held <> 0)
     """,
     "hold {}: {}, charged {} at a price of {}": f"""
-        SELECT id, state, charged, price FROM holds JOIN ({_HOLD_SUM}) ON hold = id
+        SELECT id, state, charged, price FROM holds JOIN ({_HOLD_SUM}) AS sums ON hold = id
         WHERE charged > CASE state WHEN 'settled' THEN price ELSE 0 END
     """,
     "hold {}: {}, charged {}, with {} usage events of {} in all": f"""
@@ -53,30 +55,37 @@ _LAWS = {
     "usage event {}: its hold {} is not of its account {}": """
         SELECT usage_events.id, usage_events.hold, usage_events.account
         FROM usage_events LEFT JOIN holds ON holds.id = usage_events.hold
-        WHERE usage_events.account IS NOT holds.account
+        WHERE (usage_events.account = holds.account) IS NOT TRUE
     """,
     "key {}: charged {}, its holds were charged {}, the dearest costs {}": f"""
-        SELECT keys.id, keys.charged, total(sums.charged), max(price)
+        SELECT keys.id, keys.charged, coalesce(sum(sums.charged), 0), max(price)
         FROM idempotency_keys AS keys JOIN holds ON holds.key = keys.id
         LEFT JOIN ({_HOLD_SUM}) AS sums ON sums.hold = holds.id
         GROUP BY keys.id
-        HAVING keys.charged <> total(sums.charged) OR keys.charged > max(price)
+        HAVING keys.charged <> coalesce(sum(sums.charged), 0) OR keys.charged > max(price)
     """,
     "key {}: charged {} and reserved {} do not cover an open hold's price of {}": """
         SELECT keys.id, keys.charged, sum(held), max(price)
         FROM idempotency_keys AS keys JOIN holds ON holds.key = keys.id AND state = 'open'
         GROUP BY keys.id, wallet HAVING keys.charged + sum(held) < max(price)
     """,
-    "the file: {}": "SELECT * FROM pragma_quick_check WHERE quick_check <> 'ok'",
 }
 
 
+_INTACT = {"the file: {}": "SELECT * FROM pragma_quick_check WHERE quick_check <> 'ok'"}
+
+
+def find_broken(execute: Callable[[str], Iterable[tuple[Any, ...]]], laws: Mapping[str, str] = LAWS) -> list[str]:
+    """One line for every row that a law's query finds; empty when the books are sound."""
+    return [law.format(*row) for law, query in laws.items() for row in execute(query)]
+
+
 def broken_laws(path: Path) -> list[str]:
-    """One line for every broken law; empty when the books are sound.
+    """One line for every broken law in a SQLite ledger file.
 
     Reads one snapshot, so that ongoing writes neither wait for it nor confuse it.
     """
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA query_only=ON")
         connection.execute("BEGIN")
-        return [law.format(*row) for law, query in _LAWS.items() for row in connection.execute(query)]
+        return find_broken(connection.execute, LAWS | _INTACT)
