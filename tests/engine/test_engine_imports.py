@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -19,3 +20,28 @@ print(sorted(strangers), ours)
 def test_the_engine_imports_nothing_of_the_server():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] []"
+
+
+def test_torch_s_threads_are_told_to_wait_calmly_before_it_is_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", SPY], capture_output=True, text=True, check=True, env=_plain())
+    assert done.stdout.split() == ["5000"]
+    asked = _plain() | {"OMP_WAIT_POLICY": "active"}
+    done = subprocess.run([sys.executable, "-c", SPY], capture_output=True, text=True, check=True, env=asked)
+    assert done.stdout.split() == ["None"]
+
+
+SPY = """
+import importlib.abc, os, sys
+
+class Spy(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+
+sys.meta_path.insert(0, Spy())
+import api.src.backends.qwen3_tts
+"""
+
+
+def _plain() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
