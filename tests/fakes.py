@@ -47,7 +47,7 @@ class FakeBackend:
     async def stop(self) -> None:
         self.ready = False
 
-    def text_tokens(self, text: str) -> int | None:
+    def text_tokens(self, request: SpeechRequest) -> int | None:
         return None
 
     def stats(self) -> Mapping[str, ModelStats]:

@@ -47,9 +47,9 @@ class SpeechRequest:
     """One spoken request, free of HTTP.
 
     `voice`, `model` and `language` are as the client wrote them until the service has resolved them: a backend
-    gets a native model id, and the language as its English name in lower case or "auto". `store` false means:
-    neither read from the cache nor write to it. `idempotency_key` and `body_digest` tell a repeat from a new
-    request that reuses the key by mistake.
+    gets a native model id, and the language as its English name in lower case or "auto". `backend`, empty until then,
+    is the name of the one that speaks. `store` false means: neither read from the cache nor write to it.
+    `idempotency_key` and `body_digest` tell a repeat from a new request that reuses the key by mistake.
     """
 
     id: str
@@ -65,6 +65,7 @@ class SpeechRequest:
     store: bool = True
     idempotency_key: str | None = None
     body_digest: str = ""
+    backend: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,8 @@ class Model:
 
     `id` is its native id. `aliases` maps lower-case voice names (the OpenAI ones among them) to ids of `voices`.
     `languages` are English names in lower case. `revision` changes whenever the same request would sound different.
-    `weights` says how they are held, and why, where that can be chosen.
+    `backend` is the name of the member of a chain that serves it, empty without a chain. `down`: nothing new can be had
+    of it now, so that others are asked first. `weights` says how they are held, and why, where that can be chosen.
     """
 
     id: str
@@ -154,6 +156,8 @@ class Model:
     aliases: Mapping[str, str]
     languages: Sequence[str]
     revision: str
+    backend: str = ""
+    down: bool = False
     weights: str = ""
 
 

@@ -2,18 +2,22 @@
 
     SpeechError
     ├── InvalidRequest              400
-    │   └── PayloadTooLarge         413
+    │   ├── PayloadTooLarge         413
+    │   └── UpstreamRefused         4xx, as the remote server has it
     ├── Unauthorized                401
     ├── InsufficientBalance         402
     ├── NotFound                    404
     ├── RateLimited                 429, Retry-After
     ├── SynthesisFailed             500
     │   └── HoldLost                500
+    ├── UpstreamFailed              502, or 500 or 504 as the remote server has it
+    │   └── UpstreamTimedOut        504
     └── Unavailable                 503, Retry-After
         ├── NotReady
         ├── Overloaded
         ├── ShuttingDown
-        └── TimedOut
+        ├── TimedOut
+        └── UpstreamUnavailable
 
 Messages are written for the client: they never quote internals. Rooms raise these; routers map them.
 """
@@ -47,6 +51,14 @@ class PayloadTooLarge(InvalidRequest):
     code = "payload_too_large"
 
 
+class UpstreamRefused(InvalidRequest):
+    """A remote server that speaks for this one refuses the request; status and words are its own."""
+
+    def __init__(self, message: str, *, status: int, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
+        self.status = status
+
+
 class Unauthorized(SpeechError):
     status = 401
     type = "authentication_error"
@@ -77,6 +89,18 @@ class HoldLost(SynthesisFailed):
     """A hold was released by another process because this one seemed dead (its lease ran out)."""
 
     code = "hold_lost"
+
+
+class UpstreamFailed(SpeechError):
+    """A remote server that speaks for this one failed, or what it answered cannot be believed."""
+
+    status = 502
+    code = "upstream_failed"
+
+
+class UpstreamTimedOut(UpstreamFailed):
+    status = 504
+    code = "upstream_timed_out"
 
 
 class Retryable(SpeechError):
@@ -112,3 +136,9 @@ class ShuttingDown(Unavailable):
 
 class TimedOut(Unavailable):
     code = "timed_out"
+
+
+class UpstreamUnavailable(Unavailable):
+    """A remote server that speaks for this one cannot be reached, or is not asked for a while as it keeps failing."""
+
+    code = "upstream_unavailable"

@@ -14,8 +14,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from .backends.base import Backend
-from .backends.choice import choose
+from .backends.chain import Chain
+from .backends.choice import Asked, choose
 from .backends.embedded import EmbeddedBackend
+from .backends.remote import RemoteBackend
+from .backends.remote_client import Remote
 from .observe import Metrics, configure_logging
 from .routers import billing, openai_compatible, system
 from .routers.guards import HttpPolicy, Keys
@@ -33,9 +36,13 @@ from .stores.ledger import Ledger
 from .stores.ledger_choice import ledger_at
 from .stores.rates import RateCard
 
-EXPOSED_HEADERS = ["Content-Disposition", "Retry-After", "X-Cache", "X-Model", "X-Request-Id", "X-Voice"]
+EXPOSED_HEADERS = [
+    *("Content-Disposition", "Retry-After"),
+    *("X-Backend", "X-Cache", "X-Model", "X-Request-Id", "X-Voice"),
+]
 
 EMBEDDED_AT_ONCE = 4
+REMOTE_AT_ONCE = 16
 GPU_SLOTS = 64
 CPU_SLOTS = 8
 """On a CPU each slot takes of the others' time; on a GPU they share the reading of the weights."""
@@ -93,11 +100,21 @@ class Speaker:
 
 
 def build_speaker(settings: Settings) -> Speaker:
-    """The backend that the settings or the machine call for."""
-    choice = choose(settings.backend, settings.model, settings.device)
+    """The backend, or the chain of them, that the settings or the machine call for."""
+    speakers = [_build_member(settings, asked) for asked in settings.backend]
+    if len(speakers) == 1:
+        return speakers[0]
+    chain = Chain([speaker.backend for speaker in speakers])
+    return Speaker(chain, " ".join(speaker.reason for speaker in speakers), max(s.at_once for s in speakers))
+
+
+def _build_member(settings: Settings, asked: Asked) -> Speaker:
+    choice = choose(asked, settings.model, settings.device)
     _log.info("the %s backend speaks: %s", choice.backend, choice.reason)
     if choice.backend == "embedded":
         return Speaker(EmbeddedBackend(workers=settings.embedded_workers), choice.reason, EMBEDDED_AT_ONCE)
+    if choice.backend == "remote":
+        return Speaker(_build_remote(settings), choice.reason, REMOTE_AT_ONCE)
     from .backends.qwen3_tts import Qwen3TTSBackend  # needs torch, which only this backend does
 
     slots = settings.slots or (CPU_SLOTS if choice.device == "cpu" else GPU_SLOTS)
@@ -110,6 +127,20 @@ def build_speaker(settings: Settings) -> Speaker:
         unload_after_s=settings.unload_after_s,
     )
     return Speaker(qwen3, choice.reason, slots)
+
+
+def _build_remote(settings: Settings) -> RemoteBackend:
+    key = settings.remote_api_key
+    remote = Remote(
+        url=settings.remote_url or "",
+        api_key=key.get_secret_value() if key else None,
+        sample_rate=settings.remote_sample_rate,
+        connect_s=settings.remote_connect_timeout_s,
+        first_byte_s=settings.remote_first_byte_timeout_s,
+        total_s=settings.remote_total_timeout_s,
+        retries=settings.remote_retries,
+    )
+    return RemoteBackend(remote, models=settings.remote_model, revision=settings.remote_revision)
 
 
 def build_ledger(settings: Settings) -> Ledger:

@@ -5,10 +5,12 @@ Read by main and the command line alone; rooms receive plain values. `.env.examp
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .stores.ledger_choice import SCHEMES
@@ -17,6 +19,7 @@ CommaSeparated = Annotated[list[str], NoDecode]
 Pairs = Annotated[dict[str, str], NoDecode]
 SecretPairs = Annotated[list[tuple[str, SecretStr]], NoDecode]
 Secrets = Annotated[list[SecretStr], NoDecode]
+Backends = Annotated[list[Literal["auto", "embedded", "qwen3", "remote"]], NoDecode]
 
 
 class Settings(BaseSettings):
@@ -35,7 +38,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     # --- what speaks ---
-    backend: Literal["auto", "embedded", "qwen3"] = "auto"
+    backend: Backends = Field(default=["auto"], min_length=1)
     embedded_workers: int = Field(default=2, ge=1, le=64)
     model: CommaSeparated = []
     device: str = Field(default="auto", pattern=r"auto|cpu|cuda(:\d+)?")
@@ -43,6 +46,17 @@ class Settings(BaseSettings):
     slots: int | None = Field(default=None, ge=1, le=256)
     unload_after_s: float = Field(default=0.0, ge=0)
     model_aliases: Pairs = {}
+
+    # --- a remote server that speaks ---
+    remote_url: str | None = None
+    remote_api_key: SecretStr | None = None
+    remote_model: CommaSeparated = []
+    remote_revision: str = ""
+    remote_sample_rate: int = Field(default=24_000, ge=8_000, le=192_000)
+    remote_connect_timeout_s: float = Field(default=5.0, gt=0)
+    remote_first_byte_timeout_s: float = Field(default=20.0, gt=0)
+    remote_total_timeout_s: float = Field(default=120.0, gt=0)
+    remote_retries: int = Field(default=2, ge=0, le=10)
 
     # --- bounds of a request ---
     max_input_characters: int = Field(default=4096, ge=1)
@@ -68,7 +82,7 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = None
     prices_file: Path | None = None
 
-    @field_validator("cors_origins", "model", mode="before")
+    @field_validator("backend", "cors_origins", "model", "remote_model", mode="before")
     @classmethod
     def _split_list(cls, value: object) -> object:
         return _items(value) if isinstance(value, str) else value
@@ -95,6 +109,35 @@ class Settings(BaseSettings):
     @classmethod
     def _split_aliases(cls, value: object) -> object:
         return dict(_pairs(value)) if isinstance(value, str) else value
+
+    @field_validator("backend")
+    @classmethod
+    def _chain(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value) or ("auto" in value and len(value) > 1):
+            raise ValueError("must be auto, or a list of different backends")
+        return value
+
+    @field_validator("remote_url")
+    @classmethod
+    def _plain_url(cls, value: str | None) -> str | None:
+        parts = urlsplit(value or "")
+        extra = parts.query or parts.fragment or "@" in parts.netloc
+        if value is not None and (parts.scheme not in ("http", "https") or not parts.hostname or extra):
+            raise ValueError("must be an http or https URL without a user, a query or a fragment")
+        return value
+
+    @field_validator("remote_api_key")
+    @classmethod
+    def _header_value(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch("[!-~]+", value.get_secret_value()):
+            raise ValueError("must be printable ASCII without spaces")
+        return value
+
+    @model_validator(mode="after")
+    def _remote_is_somewhere(self) -> Self:
+        if "remote" in self.backend and self.remote_url is None:
+            raise ValueError("TTS_BACKEND=remote needs TTS_REMOTE_URL")
+        return self
 
     @field_validator("ledger_url")
     @classmethod

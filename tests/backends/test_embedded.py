@@ -92,7 +92,7 @@ def runs(pid: int) -> bool:
 
 async def test_it_is_ready_once_it_has_spoken(backend):
     assert backend.readiness().ready
-    assert backend.text_tokens("hello") is None
+    assert backend.text_tokens(request("joe")) is None
     assert EmbeddedBackend(workers=1).readiness().phase == "starting"
 
 

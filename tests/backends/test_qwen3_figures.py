@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from api.src.backends.qwen3_tts import Qwen3TTSBackend  # noqa: E402
+from api.src.domain import SpeechRequest  # noqa: E402
 from api.src.engine.messages import FINISH_REASONS  # noqa: E402
 from tests.conftest import Server  # noqa: E402
 from tests.engine.checkpoints import tiny  # noqa: E402
@@ -56,7 +57,7 @@ def test_the_usage_is_what_the_engine_counts(start_server: Callable[..., Server]
     status, tokens, frames = ask(server, speed=2.0, seed=7)
     after = engine(server)
     assert status == "miss"
-    assert tokens == backend.text_tokens(TEXT)
+    assert tokens == backend.text_tokens(SpeechRequest("req", "anonymous", "tts-1", TEXT, "alloy"))
     assert frames == after["frames_total"][""] - before["frames_total"][""] > 1
     ended = {reason: after["requests_total"][reason] - before["requests_total"][reason] for reason in FINISH_REASONS}
     assert ended["stop"] + ended["length"] == sum(ended.values()) == 2

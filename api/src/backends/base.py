@@ -12,7 +12,7 @@ class Backend(Protocol):
     """Something that can speak.
 
     `start` returns once the backend has spoken a first real sound; until then `readiness` says the phase.
-    `models` is meaningful after `start`.
+    `models` is meaningful after `start`. A request comes with every name resolved to what `models` said.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Backend(Protocol):
         """
         ...
 
-    def text_tokens(self, text: str) -> int | None:
-        """The text's length in the backend's own tokens; None where it has none."""
+    def text_tokens(self, request: SpeechRequest) -> int | None:
+        """The length of a request's text in the backend's own tokens; None where it has none."""
         ...
 
     def stats(self) -> Mapping[str, ModelStats]:

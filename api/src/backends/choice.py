@@ -14,8 +14,8 @@ from typing import Literal
 
 from ..errors import NotReady
 
-BackendName = Literal["embedded", "qwen3"]
-Asked = Literal["auto", "embedded", "qwen3"]
+BackendName = Literal["embedded", "qwen3", "remote"]
+Asked = Literal["auto", "embedded", "qwen3", "remote"]
 
 GPU_MODEL = "Qwen/Qwen3-TTS-12Hz-1.7B-CustomVoice"
 CPU_MODEL = "Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice"
@@ -45,6 +45,8 @@ def choose(asked: Asked, models: Sequence[str], device: str) -> Choice:
     """
     if asked == "embedded":
         return Choice("embedded", "The embedded voice is asked for.")
+    if asked == "remote":
+        return Choice("remote", "A remote server is asked for.")
     installed = find_spec("torch") is not None
     if asked == "qwen3" and not installed:
         raise NotReady("Qwen3-TTS needs torch and more: make setup-qwen3 installs it.")

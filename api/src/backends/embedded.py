@@ -155,7 +155,7 @@ class EmbeddedBackend:
         self._phase = Readiness(False, "stopped")
         await asyncio.gather(*(pool.stop() for pool in self._pools.values()))
 
-    def text_tokens(self, text: str) -> int | None:
+    def text_tokens(self, request: SpeechRequest) -> int | None:
         return None
 
     def stats(self) -> Mapping[str, ModelStats]:

@@ -80,8 +80,8 @@ class Qwen3TTSBackend:
         await asyncio.gather(*(model.unload() for model in self._models.values()))
         self._models, self._tokenizer = {}, None
 
-    def text_tokens(self, text: str) -> int | None:
-        return len(self._tokenizer.ids(text)) if self._tokenizer else None
+    def text_tokens(self, request: SpeechRequest) -> int | None:
+        return len(self._tokenizer.ids(request.text)) if self._tokenizer else None
 
     async def speak(
         self, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]

@@ -49,7 +49,10 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorResponse, "description": "The API key is missing or unknown."},
     402: {"model": ErrorResponse, "description": "The balance does not cover the price."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
+    429: {"model": ErrorResponse, "description": "Too many requests; see Retry-After."},
     500: {"model": ErrorResponse, "description": "The speech could not be generated."},
+    502: {"model": ErrorResponse, "description": "The remote server that speaks failed."},
+    504: {"model": ErrorResponse, "description": "The remote server that speaks did not answer in time."},
 }
 _SPEECH_BODY = {
     "requestBody": {

@@ -109,6 +109,7 @@ class SpeechResponse(Response):
         return {
             **({} if length is None else {"Content-Length": str(length)}),
             "Content-Disposition": f'attachment; filename="speech.{script.request.format}"',
+            "X-Backend": script.request.backend,
             "X-Model": script.request.model,
             "X-Voice": script.voice.id,
             "X-Cache": self._listener.cache_status,

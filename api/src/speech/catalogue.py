@@ -5,7 +5,7 @@ Resolves names to what the backend serves; knows nothing of requests or sound.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..backends.base import Backend
@@ -72,7 +72,8 @@ class Catalogue:
     """Resolves names against what the backend can serve now.
 
     `model_aliases` maps OpenAI model names to native ids. With such a name, a request goes to that model if it is
-    loaded and has the voice, else to the best one that has it; a native id is taken at its word.
+    loaded and has the voice, else to the best one that has it; a native id is taken at its word. Of the backends of a
+    chain the first one goes before the next, and models that are down come last.
     """
 
     def __init__(self, backend: Backend, model_aliases: Mapping[str, str]) -> None:
@@ -81,7 +82,7 @@ class Catalogue:
 
     def models(self) -> list[str]:
         """Every model id that is served now: OpenAI's names, then native ids."""
-        return [*OPENAI_MODELS, *(model.id for model in self._loaded())]
+        return list(dict.fromkeys([*OPENAI_MODELS, *(model.id for model in self._loaded())]))
 
     def resolve(self, model: str, voice: str) -> tuple[Model, Voice]:
         """Who answers to these two names together; InvalidRequest if either is unknown, or the pair is not served."""
@@ -113,22 +114,28 @@ class Catalogue:
 
     def _candidates(self, name: str) -> Sequence[Model]:
         """The models that may answer to `name`, best first."""
-        loaded = {model.id: model for model in self._loaded()}
+        loaded = sorted(self._loaded(), key=lambda model: model.down)
         lowered = name.lower()
         if lowered in OPENAI_MODELS:
-            preferred = self._model_aliases.get(lowered)
-            return sorted(loaded.values(), key=lambda model: model.id != preferred)
-        if lowered in loaded:
-            return [loaded[lowered]]
+            return sorted(loaded, key=self._preference(lowered, loaded))
+        if named := [model for model in loaded if model.id.lower() == lowered]:
+            return named
         if lowered in QWEN3_TTS_MODELS:
+            ids = ", ".join(dict.fromkeys(model.id for model in loaded))
             raise InvalidRequest(
-                f"The model '{lowered}' is not loaded on this server. Loaded: {', '.join(loaded)}.",
+                f"The model '{lowered}' is not loaded on this server. Loaded: {ids}.",
                 param="model",
                 code="model_not_loaded",
             )
         raise InvalidRequest(
             f"Unknown model. Available: {', '.join(self.models())}.", param="model", code="model_not_found"
         )
+
+    def _preference(self, name: str, loaded: Sequence[Model]) -> Callable[[Model], tuple[bool, bool, int, bool]]:
+        """Which models an OpenAI name means, as a sorting key: a remote server may serve one under that very name."""
+        alias = self._model_aliases.get(name)
+        backends = list(dict.fromkeys(model.backend for model in loaded))
+        return lambda model: (model.down, model.id != alias, backends.index(model.backend), model.id.lower() != name)
 
 
 def language(name: str, model: Model) -> str:

@@ -109,7 +109,7 @@ class Qwen3TTSService:
             price=partial(self._price, script) if billed else _free,
             spawn=self._spawn,
             metrics=self._metrics,
-            input_tokens=self.backend.text_tokens(request.text) or len(request.text),
+            input_tokens=self.backend.text_tokens(script.request) or len(request.text),
             timeout_s=self._limits.request_timeout_s,
             on_close=self._let_go,
         )
@@ -185,7 +185,12 @@ class Qwen3TTSService:
                 code="string_above_max_length",
             )
         model, voice = self.catalogue.resolve(request.model, request.voice)
-        resolved = dataclasses.replace(request, model=model.id, language=language(request.language, model))
+        resolved = dataclasses.replace(
+            request,
+            model=model.id,
+            language=language(request.language, model),
+            backend=model.backend or self.backend.name,
+        )
         key = self._key(model.revision, voice, _sound(resolved)) if request.store else None
         return Script(resolved, request.model.lower(), voice, self._segments(request.text), key)
 
@@ -193,7 +198,7 @@ class Qwen3TTSService:
         """Everything that changes the bytes, or the marks that are kept beside them."""
         return cache_key(
             {
-                "backend": self.backend.name,
+                "backend": request.backend,
                 "revision": revision,
                 "model": request.model,
                 "voice": voice.fingerprint,
