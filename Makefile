@@ -10,7 +10,7 @@ BASE := pico,piper,encryption,lz4
 # Qwen3-TTS is installed where it is asked for (here, in the environment or in .env), or where it will be chosen: with a GPU.
 ASKED := $(or $(TTS_BACKEND),$(shell sed -n 's/^TTS_BACKEND=//p' .env 2>/dev/null | tail -n 1),auto)
 GPU   := $(if $(filter auto,$(ASKED)),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
-SERVE := $(if $(or $(filter qwen3,$(ASKED)),$(GPU)),.qwen3,.serve)
+SERVE := $(if $(or $(findstring qwen3,$(ASKED)),$(GPU)),.qwen3,.serve)
 
 # So is PostgreSQL's driver, where the ledger is to be in one.
 LEDGER := $(or $(TTS_LEDGER_URL),$(shell sed -n 's/^TTS_LEDGER_URL=//p' .env 2>/dev/null | tail -n 1))

@@ -20,6 +20,7 @@ NO_GPU = "exit 9"
         (NO_GPU, {}, "", False),
         (NO_GPU, {"TTS_BACKEND": "qwen3"}, "", True),
         (NO_GPU, {}, "TTS_BACKEND=qwen3\n", True),
+        (NO_GPU, {"TTS_BACKEND": "remote,qwen3"}, "", True),
         (NO_GPU, {"TTS_BACKEND": "embedded"}, "TTS_BACKEND=qwen3\n", False),
         (NO_GPU, {"TTS_LEDGER_URL": "postgresql://db/tts"}, "", False),
         (NO_GPU, {}, "TTS_LEDGER_URL=postgresql://db/tts\n", False),

@@ -625,6 +625,22 @@ async def test_lists_are_kept_while_the_server_is_down(
     assert backend.readiness().phase == "ready"
 
 
+async def test_a_list_that_nobody_expected_does_not_end_the_looking(
+    start: Start, upstream: FaultyUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_module, "REFRESH_S", 0.05)
+    backend = await start()
+    fetch = remote_module.remote_lists.fetch
+
+    async def stumble(*given: Any) -> Any:
+        monkeypatch.setattr(remote_module.remote_lists, "fetch", fetch)
+        raise KeyError("planted")
+
+    monkeypatch.setattr(remote_module.remote_lists, "fetch", stumble)
+    upstream.models = document({"data": [{"id": "tts-2"}]})
+    await eventually(lambda: [model.id for model in backend.models] == ["tts-2"])
+
+
 async def test_looks_that_fail_come_ever_more_seldom(
     start: Start, upstream: FaultyUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,7 +155,11 @@ class RemoteBackend:
             else:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, LONGEST_RETRY_S)
-            await self._look()
+            try:
+                await self._look()
+            except Exception:  # whatever is odd in an answer must not end the looking
+                logger.exception("the remote server's lists could not be read")
+                await asyncio.sleep(LONGEST_RETRY_S)
 
     async def _time_to_look(self) -> None:
         """Wait until the lists are old, or requests have begun to fail."""
