@@ -625,6 +625,16 @@ async def test_lists_are_kept_while_the_server_is_down(
     assert backend.readiness().phase == "ready"
 
 
+async def test_one_request_that_fails_shows_that_the_server_is_down(start: Start, upstream: FaultyUpstream) -> None:
+    backend = await start()
+    upstream.down()
+    _, error = await hear(backend)
+    assert isinstance(error, UpstreamUnavailable)
+    await eventually(lambda: backend.models[0].down)
+    upstream.up()
+    await eventually(lambda: not backend.models[0].down)
+
+
 async def test_a_list_that_nobody_expected_does_not_end_the_looking(
     start: Start, upstream: FaultyUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

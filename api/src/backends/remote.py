@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
-from ..errors import NotReady, ShuttingDown
+from ..errors import NotReady, ShuttingDown, UpstreamFailed, UpstreamUnavailable
 from . import remote_lists
 from .breaker import Breaker
 from .remote_client import Client, Remote
@@ -134,7 +134,7 @@ class RemoteBackend:
     def _utterance(self, body: Mapping[str, Any], segment: Segment) -> Utterance:
         if self._stopped:
             raise ShuttingDown("The server is shutting down.")
-        utterance = Utterance(self._client, body, segment, on_end=self._look_if_down)
+        utterance = Utterance(self._client, body, segment, on_end=self._look_after)
         self._utterances.add(utterance)
         return utterance
 
@@ -142,8 +142,9 @@ class RemoteBackend:
     def _down(self) -> bool:
         return self._fault is not None or not self._breaker.allows
 
-    def _look_if_down(self) -> None:
-        if self._down:
+    def _look_after(self, error: BaseException | None) -> None:
+        """See at once whether the server is down, so that the next request can go elsewhere."""
+        if self._down or isinstance(error, UpstreamFailed | UpstreamUnavailable):
             self._look_now.set()
 
     async def _keep_looking(self) -> None:
@@ -185,7 +186,12 @@ class Utterance:
     """One segment at the remote server, asked for at once, and read as it comes."""
 
     def __init__(
-        self, client: Client, body: Mapping[str, Any], segment: Segment, *, on_end: Callable[[], None]
+        self,
+        client: Client,
+        body: Mapping[str, Any],
+        segment: Segment,
+        *,
+        on_end: Callable[[BaseException | None], None],
     ) -> None:
         self._on_end = on_end
         self._queue: asyncio.Queue[AudioChunk | BaseException | None] = asyncio.Queue()
@@ -212,7 +218,7 @@ class Utterance:
     def _ended(self, task: asyncio.Task[None]) -> None:
         error = ShuttingDown("The server is shutting down.") if task.cancelled() else task.exception()
         self._queue.put_nowait(error)
-        self._on_end()
+        self._on_end(error)
 
 
 def _body(request: SpeechRequest, voice: Voice, segment: Segment) -> dict[str, Any]:
