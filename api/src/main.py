@@ -37,8 +37,13 @@ from .stores.ledger_choice import ledger_at
 from .stores.rates import RateCard
 
 EXPOSED_HEADERS = [
-    *("Content-Disposition", "Retry-After"),
-    *("X-Backend", "X-Cache", "X-Model", "X-Request-Id", "X-Voice"),
+    "Content-Disposition",
+    "Retry-After",
+    "X-Backend",
+    "X-Cache",
+    "X-Model",
+    "X-Request-Id",
+    "X-Voice",
 ]
 
 EMBEDDED_AT_ONCE = 4

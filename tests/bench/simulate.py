@@ -124,8 +124,7 @@ class CostRunner:
 
     def _made(self, slot: Slot, frames: int) -> int:
         """Frames that the codec makes to get these: at the end of a stream more do no harm."""
-        last = slot.ending is not None and slot.coded + frames == slot.frames_done
-        return self._costs.last_chunk(frames) if last else frames
+        return self._costs.last_chunk(frames) if slot.ends_with(frames) else frames
 
     def _main(self, kind: str, seconds: float, batch: int) -> None:
         self._free = self._note(kind, self._free, seconds, batch)

@@ -31,22 +31,12 @@ _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
-def require(
-    folder: Path,
-    config: ModelConfig,
-    *,
-    slots: int,
-    positions: int,
-    dtype: torch.dtype,
-    device: str,
-    weights: Form = "fp32",
-) -> None:
-    """Raise NotReady if the checkpoint and its slots would not fit. Where nothing is known, nothing is refused."""
-    needed = needed_bytes(folder, config, slots=slots, positions=positions, dtype=dtype, device=device, weights=weights)
+def require(name: str, needed: int, device: str) -> None:
+    """Raise NotReady if `needed` bytes for the checkpoint `name` are not free. What is not known is not refused."""
     free = free_bytes(device)
     if free is not None and needed > free:
         raise NotReady(
-            f"{folder.name} needs about {_gigabytes(needed)} on {device}, and {_gigabytes(free)} are free. "
+            f"{name} needs about {_gigabytes(needed)} on {device}, and {_gigabytes(free)} are free. "
             "TTS_SLOTS can be lowered, or a smaller model chosen."
         )
 

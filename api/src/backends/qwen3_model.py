@@ -207,16 +207,17 @@ class Qwen3Model:
         """As many as wanted, halved until they fit into memory; NotReady if the fewest do not."""
         slots = self._slots
         while True:
+            needed = qwen3_memory.needed_bytes(
+                self.folder,
+                self.config,
+                slots=slots,
+                positions=POSITIONS,
+                dtype=dtype,
+                device=self._device,
+                weights=self._weights,
+            )
             try:
-                qwen3_memory.require(
-                    self.folder,
-                    self.config,
-                    slots=slots,
-                    positions=POSITIONS,
-                    dtype=dtype,
-                    device=self._device,
-                    weights=self._weights,
-                )
+                qwen3_memory.require(self.folder.name, needed, self._device)
             except NotReady:
                 if slots == self._fewest_slots:
                     raise

@@ -303,9 +303,9 @@ class ResidualUnit(nn.Module):
 
     def narrow(self) -> None:
         """Have the pointwise product in bf16, if it is one of many channels."""
-        product = linear(self.mix.t(), self.bias)
-        if self.mix.shape[0] >= MATMUL_CHANNELS and narrowed(product) is not None:
-            self.narrow_mix = product
+        if self.mix.shape[0] >= MATMUL_CHANNELS:
+            product = linear(self.mix.t(), self.bias)
+            self.narrow_mix = product if narrowed(product) is not None else None
 
 
 class DecoderBlock(Stage):

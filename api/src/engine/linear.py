@@ -84,13 +84,8 @@ class PackedLinear(Linear):
 def settle(module: nn.Module, form: Form = "fp32") -> None:
     """`Linear.settle` for all of `module`, one weight after the other."""
     for part in module.modules():
-        settle_one(part, form)
-
-
-def settle_one(part: nn.Module, form: Form = "fp32") -> None:
-    """`Linear.settle`, if `part` is one: what a loader calls with each part that it has filled."""
-    if isinstance(part, Linear):
-        part.settle(form)
+        if isinstance(part, Linear):
+            part.settle(form)
 
 
 def _product(form: Form, weight: Tensor, bias: Tensor | None) -> Product | None:

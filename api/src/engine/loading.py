@@ -24,7 +24,7 @@ from .device_steps import GraphedSteps, Steps
 from .engine import Engine
 from .errors import EngineError
 from .graphs import Capture, CudaCapture
-from .lanes import CudaLane, Lane
+from .lanes import CudaLane
 from .language_model import LanguageModel
 from .linear import Form
 from .messages import Limits, Request
@@ -149,15 +149,7 @@ def load_model(
     if capture is None and on_cpu:
         steps = Steps(model, codec, **arenas)
     else:
-        steps = GraphedSteps(
-            model,
-            codec,
-            **arenas,
-            codec_frames=limits.codec_frames,
-            sampling=Sampling.default(model.config.generation),
-            capture=capture or CudaCapture(torch.device(device)),
-            beside=Lane(capture) if capture else CudaLane(torch.device(device)),
-        )
+        steps = _graphed(model, codec, arenas, limits.codec_frames, capture, torch.device(device))
     clones = model.config.tts_model_type == "base"
     return SpeechModel(
         model.config,
@@ -168,6 +160,26 @@ def load_model(
         steps,
         SpeakerEncoder.load(folder, device) if clones else None,
         CodecEncoder.load(folder, device) if clones else None,
+    )
+
+
+def _graphed(
+    model: LanguageModel,
+    codec: CodecDecoder,
+    arenas: dict[str, int],
+    codec_frames: int,
+    capture: Capture | None,
+    device: torch.device,
+) -> GraphedSteps:
+    """With `capture` for all work; None: CUDA's, and a stream of their own for first chunks."""
+    return GraphedSteps(
+        model,
+        codec,
+        **arenas,
+        codec_frames=codec_frames,
+        sampling=Sampling.default(model.config.generation),
+        capture=capture or CudaCapture(device),
+        beside=None if capture else CudaLane(device),
     )
 
 

@@ -97,7 +97,8 @@ class TorchRunner:
         """Slots with chunks of one length go together."""
         groups: dict[int, list[int]] = {}
         for place, (slot, frames) in enumerate(work):
-            groups.setdefault(self._length(slot, frames), []).append(place)
+            length = self.steps.last_chunk(frames) if slot.ends_with(frames) else frames
+            groups.setdefault(length, []).append(place)
         made: list[Tensor] = []
         for length, places in groups.items():
             slots = [work[place][0] for place in places]
@@ -106,11 +107,6 @@ class TorchRunner:
             made += [sound(indices, codes).float(), codes]
         order = [place for places in groups.values() for place in places]
         return arriving(made, partial(_sounds, order, [work[place][1] for place in order]))
-
-    def _length(self, slot: Slot, frames: int) -> int:
-        """How many frames a call makes to get these."""
-        last = slot.ending is not None and slot.coded + frames == slot.frames_done
-        return self.steps.last_chunk(frames) if last else frames
 
     def _codes_of(self, slots: Sequence[Slot], length: int) -> Tensor:
         """The next codes of each slot (B, T, C); where it has no more, its last ones again."""

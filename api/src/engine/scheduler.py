@@ -82,6 +82,10 @@ class Slot:
         """Whether nothing is left to be made or heard."""
         return self.ending is not None and self.delivered == self.frames_done
 
+    def ends_with(self, frames: int) -> bool:
+        """Whether a chunk of the next `frames` is its last."""
+        return self.ending is not None and self.pending == frames
+
     @property
     def paused(self) -> bool:
         """Whether the listener is too far behind."""
