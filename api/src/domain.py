@@ -35,11 +35,33 @@ Samples = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much an account may ask for. None: as much as the deployment lets everyone; 0: without a bound.
+
+    `alert_characters_per_day` refuses nothing: beyond it the operator is told.
+    """
+
+    requests_per_minute: int | None = None
+    concurrent: int | None = None
+    characters_per_day: int | None = None
+    alert_characters_per_day: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Account:
-    """Who asks and who pays. Its keys come and go; the name stays."""
+    """Who asks and who pays. Its keys come and go; the name stays.
+
+    `user`: the end user for whom a trusted account asks, empty for none. The account pays and its `bounds` hold for all
+    its users together; `user_bounds` hold for this one. `log_level` is the least level of its log lines, empty for the
+    server's.
+    """
 
     name: str
     admin: bool = False
+    user: str = ""
+    bounds: Bounds = Bounds()
+    user_bounds: Bounds = Bounds()
+    log_level: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +70,8 @@ class SpeechRequest:
 
     `voice`, `model` and `language` are as the client wrote them until the service has resolved them: a backend
     gets a native model id, and the language as its English name in lower case or "auto". `backend`, empty until then,
-    is the name of the one that speaks. `store` false means: neither read from the cache nor write to it.
+    is the name of the one that speaks. `user` is the end user for whom the account asks, empty for none. `store` false
+    means: neither read from the cache nor write to it.
     `idempotency_key` and `body_digest` tell a repeat from a new request that reuses the key by mistake.
     """
 
@@ -66,6 +89,7 @@ class SpeechRequest:
     idempotency_key: str | None = None
     body_digest: str = ""
     backend: str = ""
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +143,10 @@ class SpeechChunk:
 
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
-    """What one request used and what was charged for it. `at` is Unix time in seconds."""
+    """What one request used and what was charged for it. `at` is Unix time in seconds.
+
+    `user`: the end user for whom the account asked, empty for none.
+    """
 
     request_id: str
     account: str
@@ -130,6 +157,7 @@ class UsageEvent:
     outcome: Outcome
     price_micros: int
     at: float
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)

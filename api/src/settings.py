@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .stores.ledger_choice import SCHEMES
 
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
 CommaSeparated = Annotated[list[str], NoDecode]
 Pairs = Annotated[dict[str, str], NoDecode]
 SecretPairs = Annotated[list[tuple[str, SecretStr]], NoDecode]
@@ -76,6 +78,7 @@ class Settings(BaseSettings):
     encryption_key: Secrets = []
     ledger_url: SecretStr = SecretStr("sqlite:///data/ledger.db")  # may have a password in it
     hold_lease_s: float = Field(default=60.0, ge=0.5)
+    redis_url: SecretStr | None = None  # may have a password in it
 
     # --- who may ask, and what it costs ---
     api_keys: SecretPairs = []
@@ -124,6 +127,13 @@ class Settings(BaseSettings):
         extra = parts.query or parts.fragment or "@" in parts.netloc
         if value is not None and (parts.scheme not in ("http", "https") or not parts.hostname or extra):
             raise ValueError("must be an http or https URL without a user, a query or a fragment")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(REDIS_SCHEMES):
+            raise ValueError(f"must begin with one of {', '.join(REDIS_SCHEMES)}")
         return value
 
     @field_validator("remote_api_key")

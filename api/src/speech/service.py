@@ -295,7 +295,7 @@ def _segments(text: str) -> tuple[Segment, ...]:
 
 def _sound(request: SpeechRequest) -> SpeechRequest:
     """The request without what no sound depends on: who asks, and under which name."""
-    return dataclasses.replace(request, id="", account="", idempotency_key=None, body_digest="")
+    return dataclasses.replace(request, id="", account="", user="", idempotency_key=None, body_digest="")
 
 
 def _free(characters: int, cached: bool) -> int:
