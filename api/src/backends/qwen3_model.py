@@ -27,6 +27,7 @@ from ..engine.loading import SpeechModel, load_model, narrow_codec
 from ..engine.messages import Limits
 from ..errors import NotReady, SynthesisFailed
 from . import qwen3_checkpoint, qwen3_memory
+from .qwen3_progress import WeightsProgress
 from .qwen3_speech import POSITIONS, warm_up
 
 logger = logging.getLogger(__name__)
@@ -185,21 +186,24 @@ class Qwen3Model:
             raise NotReady(f"The files of {self.folder.name} have changed: the server must be started anew.")
         dtype: torch.dtype = getattr(torch, self._dtype)
         slots = self._fitting_slots(dtype)
-        model = load_model(
-            self.folder,
+        limits = Limits(
             slots=slots,
-            device=self._device,
-            dtype=dtype,
-            codec=self._codecs.of(self.folder, self._narrow_codec),
-            weights=self._weights,
-            weights_cache=self._weights_cache,
-            positions=POSITIONS,
-            limits=Limits(
-                slots=slots,
-                codec_frames=max(64, slots),
-                outbox_frames=POSITIONS,  # a slow reader costs 8 MB at most, but never holds a slot
-            ),
+            codec_frames=max(64, slots),
+            outbox_frames=POSITIONS,  # a slow reader costs 8 MB at most, but never holds a slot
         )
+        with WeightsProgress(self.served.id) as progress:
+            model = load_model(
+                self.folder,
+                slots=slots,
+                device=self._device,
+                dtype=dtype,
+                codec=self._codecs.of(self.folder, self._narrow_codec),
+                weights=self._weights,
+                weights_cache=self._weights_cache,
+                progress=progress,
+                positions=POSITIONS,
+                limits=limits,
+            )
         self._codecs.keep(self.folder, self._narrow_codec, model.codec)
         return model
 

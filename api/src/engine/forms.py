@@ -22,6 +22,12 @@ from .weight_cache import FOLDER, WeightCache, fingerprint
 
 Progress = Callable[[int, int], object]
 """(weights done, of how many)."""
+
+
+def ignore(done: int, total: int) -> None:
+    """As Progress, of which nobody is told."""
+
+
 _LAYERS = "layers."
 _AFTER_SWIGLU = "down_proj"
 
@@ -40,7 +46,7 @@ class Settler:
         *,
         checkpoint: Path | None = None,
         cache: Sequence[Path] = (),
-        progress: Progress = lambda done, total: None,
+        progress: Progress = ignore,
     ) -> None:
         self._form, self._progress = form, progress
         self._kinds: dict[Linear, tuple[str, type[Quantised]]] = {}

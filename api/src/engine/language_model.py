@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .forms import Settler
+from .forms import Progress, Settler, ignore
 from .kernels import PLAIN, Way, chosen
 from .layers import rotations, use
 from .linear import Form, settle
@@ -62,12 +62,14 @@ class LanguageModel:
         *,
         weights: Form = "fp32",
         weights_cache: Sequence[Path] = (),
+        progress: Progress = ignore,
         kernels: bool = True,
     ) -> LanguageModel:
         """The checkpoint in `folder`.
 
         The text table, of which single rows are read, keeps the file's dtype. `weights`: their form on a CPU; quantised
-        ones are kept in the first folder of `weights_cache` that can be used. `kernels`: as __init__'s.
+        ones are kept in the first folder of `weights_cache` that can be used, and `progress` is told how many there are
+        already. `kernels`: as __init__'s.
 
         Raises:
             CheckpointError: whatever makes the checkpoint unusable.
@@ -81,7 +83,7 @@ class LanguageModel:
                 return talker
 
             talker = empty(build, device=device)
-            with Settler(talker, weights, checkpoint=folder, cache=weights_cache) as settler:
+            with Settler(talker, weights, checkpoint=folder, cache=weights_cache, progress=progress) as settler:
                 load(talker, checkpoint, _PREFIX, ready=settler.ready, filled=settler.filled)
         return cls(config, talker, kernels=kernels)
 

@@ -23,6 +23,7 @@ from .cores import usable_cores
 from .device_steps import GraphedSteps, Steps
 from .engine import Engine
 from .errors import EngineError
+from .forms import Progress, ignore
 from .graphs import Capture, CudaCapture
 from .lanes import CudaLane
 from .language_model import LanguageModel
@@ -123,13 +124,14 @@ def load_model(
     kernels: bool = True,
     weights: Form = "fp32",
     weights_cache: Sequence[Path] = (),
+    progress: Progress = ignore,
 ) -> SpeechModel:
     """The checkpoint in `folder`, with arenas for `slots` streams of `positions` prompt rows and frames each.
 
     `codec`: a decoder loaded before, for all checkpoints have the same. `limits.slots` must equal `slots`.
     On a CPU, no more prompts go into one step than pay off. `threads`: torch's, of the whole process; None: as many as
     cores that it may use. `capture`: makes graphs of all work; None: CUDA's on a GPU, none on a CPU. `kernels`: fused
-    ones on a GPU, where they work. `weights`, `weights_cache`: as LanguageModel.load's.
+    ones on a GPU, where they work. `weights`, `weights_cache`, `progress`: as LanguageModel.load's.
 
     Raises:
         CheckpointError: whatever makes the checkpoint unusable.
@@ -138,7 +140,9 @@ def load_model(
     torch.set_num_threads(threads or usable_cores())
     tokenizer = TextTokenizer(folder)
     codec_config = CodecConfig.read(folder)
-    model = LanguageModel.load(folder, dtype, device, weights=weights, weights_cache=weights_cache, kernels=kernels)
+    model = LanguageModel.load(
+        folder, dtype, device, weights=weights, weights_cache=weights_cache, progress=progress, kernels=kernels
+    )
     codec = codec or CodecDecoder.load(folder, codec_dtype, device, narrow=narrow_codec(weights, device))
     builder = PromptBuilder(model.config, tokenizer, model.talker)
     limits = limits or Limits(slots=slots, codec_frames=max(64, slots))
