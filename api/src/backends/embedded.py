@@ -20,7 +20,7 @@ import numpy as np
 
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Samples, Segment, SpeechRequest, Voice
 from ..errors import NotReady, SpeechError, SynthesisFailed
-from . import embedded_worker
+from . import embedded_amounts, embedded_worker
 from .workers import WorkerPool, python_module
 
 logger = logging.getLogger(__name__)
@@ -257,9 +257,11 @@ def _model(engines: list[EngineName]) -> Model:
 
 
 def _fingerprint(speaker: Speaker) -> str:
-    """Changes with the engine's packages and with the worker's code, which holds all that shapes the sound."""
+    """Changes with the engine's packages and with the code that shapes the sound."""
     packages = [f"{package}={version(package)}" for package in ENGINES[speaker.engine].packages]
-    return _digest(repr(speaker), *packages, Path(embedded_worker.__file__).read_text(encoding="utf-8"))
+    files = (embedded_worker.__file__, embedded_amounts.__file__)
+    code = [Path(file).read_text(encoding="utf-8") for file in files]
+    return _digest(repr(speaker), *packages, *code)
 
 
 def _digest(*parts: str) -> str:

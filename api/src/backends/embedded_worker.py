@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import wire
+from .embedded_amounts import spoken_amounts
 
 Samples = NDArray[np.float32]
 
@@ -92,7 +93,7 @@ class PiperEngine:
 
     def sentences(self, text: str, code: str) -> Iterator[tuple[Samples, float]]:
         # Piper reads what stands in [[ ]] as phonemes.
-        for sentence in self._voice.phonemize(text.replace("[[", "[ [")):
+        for sentence in self._voice.phonemize(spoken_amounts(text.replace("[[", "[ ["))):
             *cuts, rest = portions(sentence, self.MAX_PHONEMES)
             for phonemes in cuts:
                 yield self._sound(phonemes), CUT_PAUSE_S
