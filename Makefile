@@ -21,7 +21,7 @@ REDIS := $(or $(TTS_REDIS_URL),$(shell sed -n 's/^TTS_REDIS_URL=//p' .env 2>/dev
 SERVE += $(if $(REDIS),.redis)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-simulate judge clean
+.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-simulate faults judge clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,9 @@ bench-cpu: $(VENV)/.test .venv-official/.installed ## measure the engine on the 
 
 bench-simulate: $(VENV)/.test ## simulate the scheduler under load, with estimated or measured (--costs FILE) step costs
 	$(BIN)/python -m tests.bench.simulate $(ARGS)
+
+faults: $(VENV)/.test ## kill servers, Redis and PostgreSQL with -9 under load, then read the books (ARGS="--kills 500")
+	$(BIN)/python -m tests.faults.run $(ARGS)
 
 judge: $(VENV)/.test ## let a recogniser and DNSMOS judge forms of the weights (ARGS="--model FOLDER --weights fp32,int8")
 	$(BIN)/python -m tests.bench.judge $(ARGS)
