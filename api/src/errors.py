@@ -8,6 +8,9 @@
     ├── InsufficientBalance         402
     ├── NotFound                    404
     ├── RateLimited                 429, Retry-After
+    │   ├── TooManyAtOnce
+    │   ├── QuotaExceeded
+    │   └── TooManyFailures
     ├── SynthesisFailed             500
     │   └── HoldLost                500
     ├── UpstreamFailed              502, or 500 or 504 as the remote server has it
@@ -113,8 +116,23 @@ class Retryable(SpeechError):
 
 class RateLimited(Retryable):
     status = 429
-    type = "rate_limit_error"
+    type = "requests"  # as OpenAI has it
     code = "rate_limit_exceeded"
+
+
+class TooManyAtOnce(RateLimited):
+    code = "concurrency_limit_exceeded"
+
+
+class QuotaExceeded(RateLimited):
+    type = "insufficient_quota"  # as OpenAI has it
+    code = "daily_quota_exceeded"
+
+
+class TooManyFailures(RateLimited):
+    """An account whose requests kept failing is stopped for a while."""
+
+    code = "too_many_failures"
 
 
 class Unavailable(Retryable):

@@ -19,21 +19,27 @@ from .backends.choice import Asked, choose
 from .backends.embedded import EmbeddedBackend
 from .backends.remote import RemoteBackend
 from .backends.remote_client import Remote
+from .domain import Bounds
 from .observe import Metrics, configure_logging
 from .routers import billing, openai_compatible, system
+from .routers.failures import AccountBreakers
 from .routers.guards import HttpPolicy, Keys
+from .routers.limit_headers import LIMIT_HEADERS
 from .routers.middleware import CollapseSlashes, RequestRecord
 from .routers.responses import EXCEPTION_HANDLERS
 from .settings import Settings
 from .shutdown import drain_on_signal
 from .speech.admission import Admission
+from .speech.alerts import Alerts
 from .speech.catalogue import Catalogue
+from .speech.gate import Gate
 from .speech.service import Limits, Qwen3TTSService
 from .speech.threads import Threads
 from .stores.cache import SpeechCache
 from .stores.cache_choice import cache_at
 from .stores.ledger import Ledger
 from .stores.ledger_choice import ledger_at
+from .stores.limits_choice import limiter_at
 from .stores.rates import RateCard
 
 EXPOSED_HEADERS = [
@@ -44,6 +50,7 @@ EXPOSED_HEADERS = [
     "X-Model",
     "X-Request-Id",
     "X-Voice",
+    *LIMIT_HEADERS,
 ]
 
 EMBEDDED_AT_ONCE = 4
@@ -87,6 +94,7 @@ def create_app(settings: Settings | None = None, *, backend: Backend | None = No
     )
     app.state.metrics = metrics
     app.state.http_policy = _http_policy(settings)
+    app.state.account_breakers = AccountBreakers(settings.account_failures, metrics)
     speaker = Speaker(backend, "It was given.", EMBEDDED_AT_ONCE) if backend else build_speaker(settings)
     app.state.backend_reason = speaker.reason
     app.state.tts_service = build_service(settings, speaker.backend, metrics, at_once=speaker.at_once)
@@ -163,6 +171,20 @@ def build_cache(settings: Settings) -> SpeechCache:
     )
 
 
+def build_gate(settings: Settings, metrics: Metrics) -> Gate:
+    """The limits of accounts, in Redis where `settings.redis_url` names one, not started yet."""
+    defaults = Bounds(
+        settings.requests_per_minute,
+        settings.concurrent_per_account,
+        settings.characters_per_day,
+        settings.alert_characters_per_day,
+    )
+    alerts = Alerts(settings.alert_webhook.get_secret_value() if settings.alert_webhook else None, metrics)
+    redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
+    limiter = limiter_at(redis_url, on_alert=alerts.tell, on_fallback=metrics.limiter_fallback.set)
+    return Gate(limiter, defaults, metrics, alerts)
+
+
 def build_service(
     settings: Settings, backend: Backend, metrics: Metrics, *, at_once: int = EMBEDDED_AT_ONCE
 ) -> Qwen3TTSService:
@@ -174,6 +196,7 @@ def build_service(
         cache=build_cache(settings),
         ledger=build_ledger(settings),
         rates=RateCard.load(settings.prices_file),
+        gate=build_gate(settings, metrics),
         admission=Admission(concurrent, settings.queue_size),
         threads=Threads(concurrent + IO_THREADS),
         metrics=metrics,

@@ -65,6 +65,8 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for client in ("httpx", "httpcore"):  # they log whole URLs, and a webhook's is a secret
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 class EngineCollector(Collector):
@@ -128,5 +130,17 @@ class Metrics:
         )
         self.running = Gauge("tts_running_generations", "Generations with a permit", registry=self.registry)
         self.waiting = Gauge("tts_waiting_generations", "Generations in the queue", registry=self.registry)
+        self.refused = Counter(
+            "tts_refused_requests", "Requests refused with 429, by the limit", ["reason"], registry=self.registry
+        )
+        self.stopped_accounts = Gauge(
+            "tts_stopped_accounts", "Accounts that are stopped as their requests kept failing", registry=self.registry
+        )
+        self.limiter_fallback = Gauge(
+            "tts_limiter_fallback", "1 while Redis is away and this process limits alone", registry=self.registry
+        )
+        self.alerts = Counter(
+            "tts_usage_alerts", "Alerts of usage by what became of them", ["outcome"], registry=self.registry
+        )
         self.engines = EngineCollector()
         self.registry.register(self.engines)

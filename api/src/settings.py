@@ -64,6 +64,14 @@ class Settings(BaseSettings):
     max_input_characters: int = Field(default=4096, ge=1)
     max_body_bytes: int = Field(default=1024 * 1024, ge=1024)
 
+    # --- bounds of an account; 0: none ---
+    requests_per_minute: int = Field(default=0, ge=0)
+    concurrent_per_account: int = Field(default=0, ge=0)
+    characters_per_day: int = Field(default=0, ge=0)
+    alert_characters_per_day: int = Field(default=0, ge=0)
+    alert_webhook: SecretStr | None = None  # whoever knows it can post there
+    account_failures: int = Field(default=20, ge=0)
+
     # --- load ---
     max_concurrent: int | None = Field(default=None, ge=1)
     queue_size: int = Field(default=32, ge=0)
@@ -134,6 +142,14 @@ class Settings(BaseSettings):
     def _known_redis(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().startswith(REDIS_SCHEMES):
             raise ValueError(f"must begin with one of {', '.join(REDIS_SCHEMES)}")
+        return value
+
+    @field_validator("alert_webhook")
+    @classmethod
+    def _web_address(cls, value: SecretStr | None) -> SecretStr | None:
+        parts = urlsplit(value.get_secret_value() if value else "")
+        if value is not None and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("must be an http or https URL")
         return value
 
     @field_validator("remote_api_key")

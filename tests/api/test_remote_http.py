@@ -15,10 +15,10 @@ import httpx
 import numpy as np
 import pytest
 
-from api.src.backends.breaker import Breaker
 from api.src.backends.chain import Chain
 from api.src.backends.remote import RemoteBackend
 from api.src.backends.remote_client import Remote
+from api.src.breaker import Breaker
 from tests.api.wire import PARTS, STORY, RawClient, assert_error, events, speak, usage
 from tests.backends.faulty_upstream import (
     SECRET,

@@ -16,10 +16,10 @@ import pytest_asyncio
 
 from api.src.backends import remote as remote_module
 from api.src.backends import remote_client
-from api.src.backends.breaker import Breaker
 from api.src.backends.remote import RemoteBackend
 from api.src.backends.remote_client import Remote
 from api.src.backends.remote_faults import retry_after
+from api.src.breaker import Breaker
 from api.src.domain import AudioChunk, Segment, SpeechRequest
 from api.src.errors import (
     NotReady,

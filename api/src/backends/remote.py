@@ -14,10 +14,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from dataclasses import replace
 from typing import Any
 
+from ..breaker import Breaker
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
 from ..errors import NotReady, ShuttingDown, UpstreamFailed, UpstreamUnavailable
 from . import remote_lists
-from .breaker import Breaker
 from .remote_client import Client, Remote
 from .remote_faults import Fault
 

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from ..breaker import Breaker, BreakerOpen
 from ..domain import AudioChunk, Segment
 from ..errors import SpeechError, UpstreamUnavailable
 from . import remote_faults
-from .breaker import Breaker, BreakerOpen
 from .remote_faults import Fault
 from .remote_sound import Sound
 

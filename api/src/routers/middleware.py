@@ -12,6 +12,7 @@ import re
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..observe import Metrics, RequestLog, request_id, request_log
+from . import failures
 
 _log = logging.getLogger("api.access")
 
@@ -59,6 +60,7 @@ class RequestRecord:
             status = status or 500  # answered by Starlette, outside of this
             raise
         finally:
+            failures.judge(scope, status)
             self._leave_record(scope, status, line)
             request_log.reset(line_token)
             request_id.reset(id_token)

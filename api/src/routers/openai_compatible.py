@@ -14,7 +14,9 @@ from ..domain import MEDIA_TYPES, SAMPLE_RATE, Account, SpeechRequest
 from ..errors import InvalidRequest, NotFound
 from ..observe import request_id
 from ..speech.listener import Listener
+from .failures import AccountBreakers
 from .guards import CurrentAccount, Service, get_tts_service, http_policy, read_body
+from .limit_headers import limit_headers
 from .responses import SpeechEventResponse, SpeechResponse, until_hangup
 from .schemas import (
     Base64SpeechResponse,
@@ -87,18 +89,21 @@ _SPEECH_BODY = {
 async def create_speech(request: Request, account: CurrentAccount, service: Service) -> Response:
     """Speak a text, streamed while it is generated."""
     body, speech = await _read_speech(request, account)
-    listener = service.open(speech)
+    listener = service.open(speech, caller=account)
     await _start(request, listener)
     response = SpeechEventResponse if body.stream_format == "sse" else SpeechResponse
     return response(listener, http_policy(request).stall_timeout_s)
 
 
 @router.post("/v1/audio/speech/base64", responses=_REFUSALS, openapi_extra=_SPEECH_BODY)
-async def create_speech_base64(request: Request, account: CurrentAccount, service: Service) -> Base64SpeechResponse:
+async def create_speech_base64(
+    request: Request, response: Response, account: CurrentAccount, service: Service
+) -> Base64SpeechResponse:
     """Speak a text and answer it whole."""
     _, speech = await _read_speech(request, account)
-    listener = service.open(speech)
+    listener = service.open(speech, caller=account)
     await _start(request, listener)
+    response.headers.update(limit_headers(listener.standings))
     try:
         audio = await until_hangup(request.receive, listener.whole())
     finally:
@@ -155,7 +160,9 @@ async def preview_voice(voice_id: str, request: Request, service: Service) -> Re
 
 
 async def _read_speech(request: Request, account: Account) -> tuple[OpenAISpeechRequest, SpeechRequest]:
-    """The validated body, and what it asks for."""
+    """The validated body, and what it asks for; refused unread where the account is stopped."""
+    breakers: AccountBreakers = request.app.state.account_breakers
+    breakers.watch(account, request.scope)
     raw = await read_body(request)
     body = parse_body(OpenAISpeechRequest, raw)
     return body, body.to_request(
@@ -183,3 +190,5 @@ async def _start(request: Request, listener: Listener) -> None:
     except BaseException:
         listener.close()
         raise
+    finally:
+        request.state.standings = listener.standings  # for the answer, if that becomes an error

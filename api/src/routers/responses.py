@@ -20,6 +20,8 @@ from starlette.types import Message, Receive, Scope, Send
 from ..domain import MEDIA_TYPES, SpeechChunk
 from ..errors import InvalidRequest, Retryable, SpeechError
 from ..speech.listener import Listener
+from . import failures
+from .limit_headers import limit_headers
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class SpeechResponse(Response):
         except (ClientGone, SpeechError, TimeoutError) as error:
             if not self._begun:
                 raise  # it can still be answered as a proper error
+            failures.cut(scope, error)
             level = logging.INFO if isinstance(error, ClientGone) else logging.WARNING
             _log.log(level, "response cut: %s", type(error).__name__)
         finally:
@@ -114,11 +117,19 @@ class SpeechResponse(Response):
             "X-Voice": script.voice.id,
             "X-Cache": self._listener.cache_status,
             "X-Accel-Buffering": "no",
+            **limit_headers(self._listener.standings),
         }
 
 
 class SpeechEventResponse(SpeechResponse):
     """The same bytes as server-sent events; an error after the first event is an `error` event."""
+
+    _error: SpeechError | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
+        if self._error is not None:
+            failures.cut(scope, self._error)
 
     def _media_type(self) -> str:
         return "text/event-stream"
@@ -135,6 +146,7 @@ class SpeechEventResponse(SpeechResponse):
                         yield _event({"type": "speech.audio.delta", "audio": audio})
             yield _event({"type": "speech.audio.done", "usage": self._usage()}, is_last=True)
         except SpeechError as error:
+            self._error = error
             yield _event({"type": "error", **error_body(error)}, is_last=True)
 
     def _usage(self) -> dict[str, int]:
@@ -168,7 +180,9 @@ def error_response(error: SpeechError) -> Response:
 
 async def on_speech_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, SpeechError)
-    return error_response(error)
+    response = error_response(error)
+    response.headers.update(limit_headers(getattr(request.state, "standings", ())))
+    return response
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from ..domain import Outcome, SpeechChunk, UsageEvent
 from ..errors import ShuttingDown, SpeechError, TimedOut
 from ..observe import Metrics, RequestLog, request_log
 from ..stores.ledger import Hold, IdempotencyKey, Ledger
+from .gate import Standing, Turn
 from .generation import Script, Source
 from .recording import characters_heard
 
@@ -46,6 +47,7 @@ class Listener:
         self,
         script: Script,
         *,
+        turn: Turn | None,
         find_source: Callable[[Script], Awaitable[tuple[Source, CacheStatus]]],
         ledger: Ledger,
         price: Callable[[int, bool], int],
@@ -57,6 +59,8 @@ class Listener:
     ) -> None:
         self.script = script
         self.cache_status: CacheStatus = "bypass"
+        self._turn = turn
+        self._gate = AsyncExitStack()
         self._find_source = find_source
         self._ledger = ledger
         self._price = price
@@ -77,14 +81,16 @@ class Listener:
         self._closed = False
 
     async def start(self) -> None:
-        """Find the source, hold the price, and wait for the first sound.
+        """Pass the gate, find the source, hold the price, and wait for the first sound.
 
-        Raises Overloaded, InsufficientBalance, InvalidRequest (a reused idempotency key), TimedOut,
+        Raises RateLimited, Overloaded, InsufficientBalance, InvalidRequest (a reused idempotency key), TimedOut,
         SynthesisFailed, ShuttingDown: everything that can still be answered as a proper HTTP error.
         """
         self._starting = asyncio.current_task()
         try:
             async with asyncio.timeout(self._timeout_s):
+                if self._turn is not None:
+                    await self._gate.enter_async_context(self._turn)
                 self._source, self.cache_status = await self._find_source(self.script)
                 self._log.fields["cache"] = self.cache_status
                 self._hold = await self._stack.enter_async_context(self._hold_price())
@@ -151,6 +157,11 @@ class Listener:
         return self._source is not None and self._source.in_memory
 
     @property
+    def standings(self) -> Sequence[Standing]:
+        """How the caller stands with its bounds; empty where there are none, or the gate was not reached."""
+        return self._turn.standings() if self._turn else ()
+
+    @property
     def usage(self) -> Usage:
         return Usage(self._input_tokens, self.frames)
 
@@ -168,6 +179,9 @@ class Listener:
         if self._source is not None:
             self._log.fields |= {"audio_ms": self.audio_ms, "frames": self.frames}
             self._source.detach()
+        if self._turn is not None:
+            self._turn.heard = self._characters_used()
+            self._spawn(self._gate.aclose())
         if self._settling is None:
             self._spawn(self._unwind())
         self._on_close(self)
@@ -201,8 +215,18 @@ class Listener:
             if self._hold is not None:
                 await self._hold.settle(self._event(characters, outcome))
 
+    def _characters_heard(self) -> int:
+        return characters_heard(self._source.marks, self._sent) if self._source else 0
+
+    def _characters_used(self) -> int:
+        """What counts towards the day: what is billed, and would be if it had a price."""
+        if self._settling is None:
+            return 0 if self._failed else self._characters_heard()
+        lost = self._settling.done() and (self._settling.cancelled() or self._settling.exception() is not None)
+        return 0 if lost else len(self.script.request.text)
+
     async def _unwind(self) -> None:
-        heard = characters_heard(self._source.marks, self._sent) if self._source else 0
+        heard = self._characters_heard()
         if heard and not self._failed:
             await self._settle_hold(heard, "cancelled")
             return

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..audio.encoders import ENCODER_REVISION
 from ..backends.base import Backend
-from ..domain import Readiness, Segment, SpeechChunk, SpeechRequest, Voice
+from ..domain import Account, Readiness, Segment, SpeechChunk, SpeechRequest, Voice
 from ..errors import InvalidRequest, ShuttingDown
 from ..observe import Metrics
 from ..stores.cache import SpeechCache, StoredEntry, cache_key
@@ -24,6 +24,7 @@ from ..stores.rates import RateCard
 from ..text.segment import segment
 from .admission import Admission
 from .catalogue import PREVIEW_TEXTS, Catalogue, language
+from .gate import Gate
 from .generation import Generation, Replay, Script, Source
 from .listener import CacheStatus, Listener
 from .threads import Threads
@@ -59,6 +60,7 @@ class Qwen3TTSService:
         cache: SpeechCache,
         ledger: Ledger,
         rates: RateCard,
+        gate: Gate,
         admission: Admission,
         threads: Threads,
         metrics: Metrics,
@@ -68,6 +70,7 @@ class Qwen3TTSService:
         self.catalogue = catalogue
         self.ledger = ledger
         self.admission = admission
+        self._gate = gate
         self._cache = cache
         self._rates = rates
         self._threads = threads
@@ -94,9 +97,10 @@ class Qwen3TTSService:
             async for chunk in listener.chunks():
                 yield chunk
 
-    def open(self, request: SpeechRequest, *, billed: bool = True) -> Listener:
-        """Resolve and check `request`; the caller starts the listener, and closes it whatever happens.
+    def open(self, request: SpeechRequest, *, caller: Account | None = None, billed: bool = True) -> Listener:
+        """Resolve and check `request`; who calls this starts the listener, and closes it whatever happens.
 
+        `caller` is whose bounds hold; without one nothing is bounded.
         Raises InvalidRequest, NotReady, ShuttingDown.
         """
         if self._draining:
@@ -104,6 +108,7 @@ class Qwen3TTSService:
         script = self._script(request)
         listener = Listener(
             script,
+            turn=self._gate.turn(caller, len(request.text)),
             find_source=self._find_source,
             ledger=self.ledger,
             price=partial(self._price, script) if billed else _free,
@@ -129,6 +134,7 @@ class Qwen3TTSService:
     async def start(self) -> None:
         """Open the ledger and tidy the cache; the backend starts in the background, `readiness` says how far."""
         await self.ledger.start()
+        await self._gate.start()
         await self._threads.run(self._cache.sweep)
         self._starting = asyncio.create_task(self.backend.start(), name="backend start")
         self._starting.add_done_callback(self._report_start)
@@ -169,6 +175,7 @@ class Qwen3TTSService:
             self._starting.cancel()
             await asyncio.wait([self._starting])
         await self.backend.stop()
+        await self._gate.close()
         await self.ledger.close()
         self._threads.close()
 

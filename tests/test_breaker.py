@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from api.src.backends.breaker import Breaker, BreakerOpen
+from api.src.breaker import Breaker, BreakerOpen
 
 
 class Clock:
