@@ -69,8 +69,7 @@ def run_server(folder: Path, backend: Any, **settings: Any) -> Iterator[Server]:
     configured = Settings(
         _env_file=None,
         cache_dir=folder / "cache",
-        ledger_url=f"sqlite:///{folder / 'ledger.db'}",
-        **{"log_level": "warning", **settings},
+        **{"log_level": "warning", "ledger_url": f"sqlite:///{folder / 'ledger.db'}", **settings},
     )
     app = create_app(configured, backend=backend)
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2)

@@ -48,7 +48,7 @@ def test_the_readme_names_only_settings_that_exist() -> None:
 def test_the_readme_lists_every_route(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, cache_dir=tmp_path, ledger_url=f"sqlite:///{tmp_path}/ledger.db")
     app = create_app(settings, backend=FakeBackend())
-    documented = set(re.findall(r"^\| `(GET|POST) (/[^`]+)`", README, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(GET|POST|PATCH|DELETE) (/[^`]+)`", README, re.MULTILINE))
     schema = app.openapi()["paths"]
     served = {(method.upper(), path) for path, methods in schema.items() for method in methods}
     assert documented == served

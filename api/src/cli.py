@@ -9,24 +9,23 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
 
 import uvicorn
 from pydantic import ValidationError
 
 from .backends.choice import GPU_MODEL
+from .cli_accounts import ACTOR, add_accounts, with_stores
 from .cli_codes import add_codes
 from .domain import MEDIA_TYPES, SpeechRequest
 from .errors import InvalidRequest, NotReady, SpeechError
-from .main import build_ledger, build_service, build_speaker, create_app
+from .main import build_service, build_speaker, create_app
 from .observe import Metrics, configure_logging
 from .settings import Settings
-from .stores.ledger import Ledger
-
-T = TypeVar("T")
+from .stores.accounts import Accounts
+from .stores.ledger import MAX_MICROS, Ledger
 
 GRACE_S = 5
 """Seconds that uvicorn gives open connections after the drain."""
@@ -67,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     credit.set_defaults(run=_credit)
     check = commands.add_parser("check-ledger", help="prove that every balance equals the sum of its entries")
     check.set_defaults(run=_check_ledger)
+    add_accounts(commands)
     add_codes(commands)
     return parser
 
@@ -156,27 +156,24 @@ def _download(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _credit(settings: Settings, options: argparse.Namespace) -> int:
-    async def credit(ledger: Ledger) -> int:
+    if not 0 < options.micros <= MAX_MICROS:
+        raise InvalidRequest(f"A credit is from 1 to {MAX_MICROS} micro-units.")
+
+    async def credit(ledger: Ledger, accounts: Accounts) -> int:
+        # The audit first, as in the route: no credit is without its line.
+        detail = {"micros": options.micros, "reference": options.reference}
+        await accounts.note(ACTOR, "credit", options.account, detail)
         return await ledger.credit(options.account, options.micros, options.reference)
 
-    balance = asyncio.run(_with_ledger(settings, credit))
+    balance = asyncio.run(with_stores(settings, credit))
     print(f"{options.account}: {balance} micro-units")
     return 0
 
 
 def _check_ledger(settings: Settings, options: argparse.Namespace) -> int:
-    faults = asyncio.run(_with_ledger(settings, lambda ledger: ledger.check()))
+    faults = asyncio.run(with_stores(settings, lambda ledger, _: ledger.check()))
     print("\n".join(faults) if faults else "The ledger is sound.")
     return 1 if faults else 0
-
-
-async def _with_ledger(settings: Settings, work: Callable[[Ledger], Coroutine[Any, Any, T]]) -> T:
-    ledger = build_ledger(settings)
-    await ledger.start()
-    try:
-        return await work(ledger)
-    finally:
-        await ledger.close()
 
 
 if __name__ == "__main__":

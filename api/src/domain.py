@@ -33,6 +33,9 @@ Outcome = Literal["completed", "cancelled", "cached", "failed"]
 
 Samples = NDArray[np.float32]
 
+ACCOUNT_NAME = r"^[A-Za-z0-9._@-]{1,128}$"
+"""What the name of an account may be, and of an end user; as both Python and JSON Schema read it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -62,6 +65,49 @@ class Account:
     bounds: Bounds = Bounds()
     user_bounds: Bounds = Bounds()
     log_level: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAccount:
+    """What is stored of an account, or of end users: `NAME:USER` is one of NAME's, `NAME:*` all that have no row.
+
+    `trusted`: it may say for which end user it asks. Times here and below are Unix seconds.
+    """
+
+    name: str
+    bounds: Bounds
+    trusted: bool
+    log_level: str
+    disabled: bool
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """What is stored of an API key; the key itself is not. `hint` is its first characters, to recognise it by."""
+
+    id: str
+    account: str
+    hint: str
+    created_at: float
+    expires_at: float | None = None
+    revoked_at: float | None = None
+
+    def opens(self, now: float) -> bool:
+        """Whether it is neither revoked nor expired."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """Who did what to which account. `detail` depends on the act and holds no secret."""
+
+    id: int
+    at: float
+    actor: str
+    act: str
+    account: str
+    detail: Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)

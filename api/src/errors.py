@@ -6,7 +6,9 @@
     │   └── UpstreamRefused         4xx, as the remote server has it
     ├── Unauthorized                401
     ├── InsufficientBalance         402
+    ├── Forbidden                   403
     ├── NotFound                    404
+    ├── Conflict                    409
     ├── RateLimited                 429, Retry-After
     │   ├── TooManyAtOnce
     │   ├── QuotaExceeded
@@ -78,10 +80,24 @@ class InsufficientBalance(SpeechError):
         self.balance_micros = balance_micros
 
 
+class Forbidden(SpeechError):
+    """The key is known, and its account is switched off."""
+
+    status = 403
+    type = "permission_error"
+    code = "account_disabled"
+
+
 class NotFound(SpeechError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class Conflict(SpeechError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
 
 
 class SynthesisFailed(SpeechError):

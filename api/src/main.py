@@ -21,20 +21,22 @@ from .backends.remote import RemoteBackend
 from .backends.remote_client import Remote
 from .domain import Bounds
 from .observe import Metrics, configure_logging
-from .routers import billing, openai_compatible, system
+from .routers import accounts, billing, openai_compatible, system
 from .routers.failures import AccountBreakers
-from .routers.guards import HttpPolicy, Keys
+from .routers.guards import HttpPolicy
 from .routers.limit_headers import LIMIT_HEADERS
 from .routers.middleware import CollapseSlashes, RequestRecord
 from .routers.responses import EXCEPTION_HANDLERS
 from .settings import Settings
 from .shutdown import drain_on_signal
+from .speech.access import Access
 from .speech.admission import Admission
 from .speech.alerts import Alerts
 from .speech.catalogue import Catalogue
 from .speech.gate import Gate
 from .speech.service import Limits, Qwen3TTSService
 from .speech.threads import Threads
+from .stores.accounts import Accounts
 from .stores.cache import SpeechCache
 from .stores.cache_choice import cache_at
 from .stores.ledger import Ledger
@@ -98,7 +100,7 @@ def create_app(settings: Settings | None = None, *, backend: Backend | None = No
     speaker = Speaker(backend, "It was given.", EMBEDDED_AT_ONCE) if backend else build_speaker(settings)
     app.state.backend_reason = speaker.reason
     app.state.tts_service = build_service(settings, speaker.backend, metrics, at_once=speaker.at_once)
-    for module in (openai_compatible, billing, system):
+    for module in (openai_compatible, billing, accounts, system):
         app.include_router(module.router)
     return app
 
@@ -161,6 +163,11 @@ def build_ledger(settings: Settings) -> Ledger:
     return ledger_at(settings.ledger_url.get_secret_value(), lease_s=settings.hold_lease_s)
 
 
+def build_accounts(settings: Settings) -> Accounts:
+    """Accounts and keys, which are where the ledger is; it is the ledger that makes their tables."""
+    return Accounts(settings.ledger_url.get_secret_value())
+
+
 def build_cache(settings: Settings) -> SpeechCache:
     """The cache in `settings.cache_dir`; raises rather than leave out the encryption that was asked for."""
     return cache_at(
@@ -209,9 +216,14 @@ def build_service(
 
 
 def _http_policy(settings: Settings) -> HttpPolicy:
-    keys = [(name, key.get_secret_value()) for name, key in settings.api_keys]
-    admin_key = settings.admin_key.get_secret_value() if settings.admin_key else None
-    return HttpPolicy(Keys(keys, admin_key), settings.max_body_bytes, settings.stall_timeout_s)
+    access = Access(
+        [(name, key.get_secret_value()) for name, key in settings.api_keys],
+        settings.admin_key.get_secret_value() if settings.admin_key else None,
+        build_accounts(settings),
+        refresh_s=settings.accounts_refresh_s,
+        user_header=settings.user_header,
+    )
+    return HttpPolicy(access, settings.max_body_bytes, settings.stall_timeout_s)
 
 
 def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
@@ -236,4 +248,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await service.start()
     with drain_on_signal(service.drain):
         yield
-    await service.close()
+    policy: HttpPolicy = app.state.http_policy
+    try:
+        await service.close()
+    finally:
+        await policy.access.close()

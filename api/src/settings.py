@@ -91,6 +91,8 @@ class Settings(BaseSettings):
     # --- who may ask, and what it costs ---
     api_keys: SecretPairs = []
     admin_key: SecretStr | None = None
+    accounts_refresh_s: float = Field(default=5.0, gt=0, le=3600)
+    user_header: str = Field(default="X-OpenWebUI-User-Id", pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
     prices_file: Path | None = None
 
     @field_validator("backend", "cors_origins", "model", "remote_model", mode="before")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
 import pytest
 
-from api.src.domain import Account
-from api.src.routers import guards
-from api.src.routers.guards import ANONYMOUS, Keys
 from tests.api.wire import PARTS, assert_error, speak, usage
 from tests.conftest import Server, run_server
 from tests.fakes import FakeBackend
@@ -43,54 +39,6 @@ def credit(
 ) -> httpx.Response:
     body = {"micros": micros, "reference": reference}
     return server.client.post(f"/v1/accounts/{account}/credit", json=body, headers=headers)
-
-
-# --- Keys ---
-
-
-def test_without_keys_everyone_is_anonymous() -> None:
-    for key in [None, "", "anything", "\ud800"]:
-        assert Keys([], None).account(key) == ANONYMOUS
-
-
-def test_each_key_opens_its_account() -> None:
-    keys = Keys(API_KEYS, "the-admin-key")
-    assert keys.account("alices-key") == keys.account("alices-other-key") == Account("alice")
-    assert keys.account("bobs-key") == Account("bob")
-    assert keys.account("the-admin-key") == Account("admin", admin=True)
-
-
-@pytest.mark.parametrize(
-    "key", [None, "", "alice", "alices-ke", "alices-key ", "ALICES-KEY", "alices-key\x00", "\ud800"]
-)
-def test_anything_else_opens_nothing(key: str | None) -> None:
-    assert Keys(API_KEYS, "the-admin-key").account(key) is None
-
-
-def test_an_admin_key_does_not_close_an_open_server() -> None:
-    keys = Keys([], "the-admin-key")
-    assert keys.account(None) == keys.account("wrong") == ANONYMOUS
-    assert keys.account("the-admin-key") == Account("admin", admin=True)
-
-
-def test_an_empty_key_opens_nothing_even_where_an_empty_one_was_configured_for_the_admin() -> None:
-    assert Keys(API_KEYS, "").account("") is None
-
-
-@pytest.mark.parametrize("key", ["alices-key", "bobs-key", "the-admin-key", "wrong", "", "x" * 10_000])
-def test_every_key_is_compared_and_only_digests_of_one_length(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    compared: list[tuple[bytes, bytes]] = []
-
-    def compare(known: bytes, given: bytes) -> bool:
-        compared.append((known, given))
-        return hmac_compare(known, given)
-
-    hmac_compare = hmac.compare_digest
-    keys = Keys(API_KEYS, "the-admin-key")
-    monkeypatch.setattr(guards.hmac, "compare_digest", compare)
-    keys.account(key)
-    assert len(compared) == 4
-    assert {len(digest) for pair in compared for digest in pair} == {32}
 
 
 # --- over HTTP ---

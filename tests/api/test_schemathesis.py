@@ -62,7 +62,7 @@ def test_the_app_keeps_to_its_own_document(
     server = start_server(FakeBackend(seconds_per_segment=0.02), **settings)
     header = [] if key is None else [f"--header=Authorization: Bearer {key}"]
     printed = fuzz(server, tmp_path, *options, *header)
-    assert "Tested: 14" in printed
+    assert "Tested: 23" in printed
     for path in ("/v1/audio/speech", "/v1/audio/speech/base64"):
         assert answered(server, path) >= {"200", "400"}
     server.wait_idle()

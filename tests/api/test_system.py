@@ -76,9 +76,17 @@ def test_ready_turns_503_when_the_server_drains(start_server: Callable[..., Serv
 
 
 async def test_without_a_service_it_is_a_503(tmp_path: Any) -> None:
-    app = create_app(Settings(_env_file=None, cache_dir=tmp_path, log_level="error"), backend=FakeBackend())
+    settings = Settings(
+        _env_file=None,
+        cache_dir=tmp_path,
+        ledger_url=f"sqlite:///{tmp_path / 'ledger.db'}",
+        log_level="error",
+        admin_key="the-admin-key",  # whom no database is asked about
+    )
+    app = create_app(settings, backend=FakeBackend())
     del app.state.tts_service
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    transport, headers = httpx.ASGITransport(app), {"Authorization": "Bearer the-admin-key"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client:
         for path in ["/ready", "/version", "/metrics", "/v1/models", "/v1/audio/voices", "/v1/usage"]:
             assert_error(await client.get(path), 503, code="not_ready")
         assert_error(await client.post("/v1/audio/speech", json={"input": "a"}), 503, code="not_ready")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,41 +9,15 @@ from fastapi import Depends, Request
 
 from ..domain import Account
 from ..errors import NotReady, PayloadTooLarge, Unauthorized
+from ..speech.access import Access
 from ..speech.service import Qwen3TTSService
-
-ANONYMOUS = Account("anonymous")
-
-
-class Keys:
-    """The API keys of a deployment; without any, the server is open and everyone is `anonymous`."""
-
-    def __init__(self, api_keys: Sequence[tuple[str, str]], admin_key: str | None) -> None:
-        self._accounts = [(_digest(key), Account(name)) for name, key in api_keys]
-        self._admin = (_digest(admin_key), Account("admin", admin=True)) if admin_key else None
-
-    def account(self, key: str | None) -> Account | None:
-        """The account behind `key`; None where the key opens nothing.
-
-        Every key is compared, and digests rather than keys, so that time tells nothing of either.
-        """
-        digest = _digest(key or "")
-        candidates = [*self._accounts, self._admin] if self._admin else self._accounts
-        found = None
-        for known, account in candidates:
-            if hmac.compare_digest(known, digest):
-                found = account
-        return found or (None if self._accounts else ANONYMOUS)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class HttpPolicy:
     """What the routers let in and how long they wait: set once by main as `app.state.http_policy`."""
 
-    keys: Keys
+    access: Access
     max_body_bytes: int
     stall_timeout_s: float
 
@@ -66,12 +37,15 @@ async def get_tts_service(request: Request) -> Qwen3TTSService:
 
 
 async def require_account(request: Request) -> Account:
-    """The account behind the bearer key; 401 where keys are required and this one is unknown."""
+    """The account behind the bearer key, and the end user for whom a trusted one asks.
+
+    401 where keys are required and this one opens nothing, 403 for an account that is switched off, 400 for an end user
+    with an impossible name, 503 where the database would have to be asked and is away.
+    """
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    account = http_policy(request).keys.account(key.strip() if scheme.lower() == "bearer" else None)
-    if account is None:
-        raise Unauthorized("A valid API key is required: 'Authorization: Bearer <key>'.")
-    return account
+    access = http_policy(request).access
+    bearer = key.strip() if scheme.lower() == "bearer" else None
+    return await access.account(bearer, request.headers.get(access.user_header))
 
 
 async def require_admin(account: Annotated[Account, Depends(require_account)]) -> Account:

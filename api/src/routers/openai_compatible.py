@@ -50,6 +50,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request cannot be spoken."},
     401: {"model": ErrorResponse, "description": "The API key is missing or unknown."},
     402: {"model": ErrorResponse, "description": "The balance does not cover the price."},
+    403: {"model": ErrorResponse, "description": "The account is switched off."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
     429: {"model": ErrorResponse, "description": "Too many requests; see Retry-After."},
     500: {"model": ErrorResponse, "description": "The speech could not be generated."},
@@ -171,6 +172,7 @@ async def _read_speech(request: Request, account: Account) -> tuple[OpenAISpeech
         store="no-store" not in request.headers.get("cache-control", "").lower(),
         idempotency_key=_idempotency_key(request),
         body_digest=hashlib.sha256(raw).hexdigest(),
+        user=account.user,
     )
 
 

@@ -77,7 +77,7 @@ class OpenAISpeechRequest(_RequestBody):
     )
 
     def to_request(
-        self, *, id: str, account: str, store: bool, idempotency_key: str | None, body_digest: str
+        self, *, id: str, account: str, store: bool, idempotency_key: str | None, body_digest: str, user: str = ""
     ) -> SpeechRequest:
         """The same request, free of HTTP."""
         return SpeechRequest(
@@ -94,6 +94,7 @@ class OpenAISpeechRequest(_RequestBody):
             store=store,
             idempotency_key=idempotency_key,
             body_digest=body_digest,
+            user=user,
         )
 
 
@@ -156,8 +157,11 @@ class Base64SpeechResponse(BaseModel):
 
 
 class UsageEntry(BaseModel):
+    """`user` is the end user for whom a trusted account asked, empty for none."""
+
     request_id: str
     account: str
+    user: str
     model: str
     voice: str
     characters: int
@@ -171,6 +175,7 @@ class UsageEntry(BaseModel):
         return cls(
             request_id=event.request_id,
             account=event.account,
+            user=event.user,
             model=event.model,
             voice=event.voice,
             characters=event.characters,

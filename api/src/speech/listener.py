@@ -246,4 +246,5 @@ class Listener:
             outcome="cached" if hit and outcome == "completed" else outcome,
             price_micros=self._price(characters, hit),
             at=time.time(),
+            user=request.user,
         )

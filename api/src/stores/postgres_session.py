@@ -25,15 +25,18 @@ _SCRIPT_S = 600.0
 
 
 class _Connection(psycopg.Connection[tuple[Any, ...]]):
-    """Gives up at `deadline` (monotonic), also where the server's host lives but nothing answers."""
+    """Gives up at `deadline` (monotonic), or `patience_s` after it began to wait, also where the server's host lives
+    but nothing answers."""
 
     deadline = math.inf
+    patience_s = math.inf
 
     def wait(self, gen: PQGen[_RV], interval: float = 0.1, timeout: float | None = None) -> _RV:
+        until = min(self.deadline, time.monotonic() + self.patience_s)
         try:
-            return super().wait(gen, interval, max(0.0, self.deadline - time.monotonic()))
+            return super().wait(gen, interval, max(0.0, until - time.monotonic()))
         except psycopg.OperationalError:
-            if time.monotonic() >= self.deadline:
+            if time.monotonic() >= until:
                 self.pgconn.finish()  # what was asked may happen yet: nobody must take this for a refusal
             raise
 
@@ -109,6 +112,21 @@ class Session:
                 self._pipeline.sync()
         except psycopg.Error:
             self.close()
+
+
+def connector(url: str, name: str, timeout_s: float) -> Callable[[], psycopg.Connection[tuple[Any, ...]]]:
+    """Makes connections for others than Session, which take at most `timeout_s` seconds for an answer.
+
+    Raises ValueError for a URL that is not understood; calling it, psycopg.OperationalError.
+    """
+    parameters = _parameters(url, name, timeout_s)
+
+    def connect() -> psycopg.Connection[tuple[Any, ...]]:
+        connection = _Connection.connect(**parameters)
+        connection.patience_s = timeout_s
+        return connection
+
+    return connect
 
 
 def _parameters(url: str, name: str, timeout_s: float) -> dict[str, Any]:
