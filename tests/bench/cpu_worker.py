@@ -69,16 +69,25 @@ class Ours:
         from api.src.engine.form_choice import choose_form
         from api.src.engine.forms import cache_folders
         from api.src.engine.loading import load_model
+        from api.src.engine.native.check import find
         from tests.engine.bench_frames import narrow_flop, reads_per_frame
 
         torch.set_num_threads(threads)
         cache = cache_folders(folder)
-        weights: Any = form if form != "auto" else choose_form(ModelConfig.read(folder).talker_config, cache).form
-        self.model = load_model(folder, slots=SLOTS, threads=threads, weights=weights, weights_cache=cache)
+        native, kernel = find(cache[0])
+        config = ModelConfig.read(folder).talker_config
+        weights: Any = form if form != "auto" else choose_form(config, cache, native).form
+        self.model = load_model(
+            folder, slots=SLOTS, threads=threads, weights=weights, weights_cache=cache, native=native
+        )
         runner = self.model.engine._stepper._runner
         self.facts = dict(zip(("frame_bytes", "frame_weights"), reads_per_frame(self.model.steps.model), strict=True))
         with ThreadPoolExecutor(1) as passing:  # a living thread that has calculated would slow the engine's down
-            self.facts |= {"form": weights, "narrow_flop": passing.submit(narrow_flop, self.model.codec).result()}
+            self.facts |= {
+                "form": weights,
+                "kernel": kernel,
+                "narrow_flop": passing.submit(narrow_flop, self.model.codec).result(),
+            }
         self.parts = Parts()
         for name in ("prefill", "decode", "codec"):
             self.parts.watch(runner, name, lambda name=name: name)

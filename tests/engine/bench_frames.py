@@ -1,7 +1,7 @@
 """Milliseconds per frame of the language model at real size, with random weights, beside the bound that memory sets.
 
 python -m tests.engine.bench_frames [--size 0.6b|1.7b] [--folder DIR] [--threads 1] [--rows 1 8] [--weights int8]
-                                    [--profile]
+                                    [--torch] [--profile]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from api.src.engine.codec import CodecDecoder
 from api.src.engine.codec_layers import MatrixKernel, ResidualUnit
 from api.src.engine.language_model import LanguageModel
 from api.src.engine.linear import Form, Linear
+from api.src.engine.native.check import find
 from api.src.engine.prompt import PromptRows
 from api.src.engine.sampling import Sampling
 from api.src.engine.talker import Talker
@@ -113,12 +114,14 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--weights", default="fp32", choices=get_args(Form))
+    parser.add_argument("--torch", action="store_true", help="without the kernel of our own")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     folder = args.folder or Path(tempfile.gettempdir()) / f"random-{args.size}"
-    model = LanguageModel.load(build(folder, args.size), dtype, weights=args.weights)
+    native = find(folder).native if dtype == torch.float32 and not args.torch else None
+    model = LanguageModel.load(build(folder, args.size), dtype, weights=args.weights, native=native)
     speed, amount = read_speed(dtype), reads_per_frame(model)[0]
     print(
         f"{args.size} {args.dtype} {args.weights} {args.threads} threads: {amount / 1e6:.0f} MB a frame, "

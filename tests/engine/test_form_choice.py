@@ -10,6 +10,7 @@ import torch
 from api.src.engine import form_choice
 from api.src.engine.config import ModelConfig
 from api.src.engine.form_choice import MAX_ERROR, choose_form, product_error
+from api.src.engine.native.check import find
 from tests.engine.checkpoints import variant
 
 
@@ -21,7 +22,7 @@ def config():
 def measured(monkeypatch, **seconds):
     calls = []
 
-    def measure(config, forms):
+    def measure(config, forms, native):
         calls.append(list(forms))
         return {form: list(seconds[form]) for form in forms}
 
@@ -86,7 +87,20 @@ def test_a_broken_note_is_replaced(config, monkeypatch, tmp_path, content):
 def test_another_processor_or_size_measures_for_itself(config, monkeypatch, tmp_path):
     calls = measured(monkeypatch, fp32=(2, 2), bf16=(2, 2), int8=(1, 1))
     choose_form(config, [tmp_path])
-    monkeypatch.setattr(form_choice, "_processor", lambda: "another")
+    monkeypatch.setattr(form_choice, "processor", lambda: "another")
     choose_form(config, [tmp_path])
     choose_form(ModelConfig.read(variant("deep")).talker_config, [tmp_path])
     assert len(calls) == 3
+
+
+def test_the_kernel_s_own_speed_is_measured_and_noted_apart(config, tmp_path):
+    native = find(tmp_path / "kernel").native
+    if native is None:
+        pytest.skip("no C compiler")
+    assert product_error("int8", native) == pytest.approx(product_error("int8"), rel=0.01)
+    choice = choose_form(config, [tmp_path], native)
+    assert set(choice.frame_ms) == {"fp32", "bf16", "int8"}
+    assert not native.pool.running  # its threads were as few as the measurement's
+    assert choose_form(config, [tmp_path], native) == choice
+    choose_form(config, [tmp_path])
+    assert len(list(tmp_path.glob("*.choice"))) == 2

@@ -1,6 +1,6 @@
 """One Qwen3-TTS checkpoint through its life: known by its files, loaded when it is wanted, unloaded when it is idle.
 
-Owns when weights and the engine's thread come and go. What is spoken with them is qwen3_speech's.
+Owns when weights, the CPU's kernel and the engine's thread come and go. What is spoken with them is qwen3_speech's.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from ..engine.forms import cache_folders
 from ..engine.linear import Form
 from ..engine.loading import SpeechModel, load_model, narrow_codec
 from ..engine.messages import Limits
+from ..engine.native.check import find
+from ..engine.native.products import Native
 from ..errors import NotReady, SynthesisFailed
 from . import qwen3_checkpoint, qwen3_memory
 from .qwen3_progress import WeightsProgress
@@ -36,7 +38,8 @@ CODEC = "speech_tokenizer"
 CODEC_FILES = (".json", ".safetensors")
 STOP_S = 30.0
 WEIGHTS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen3-tts"
-"""For quantised weights, where a checkpoint's own folder cannot be written to."""
+"""For quantised weights, where a checkpoint's own folder cannot be written to, and for the CPU's kernel, which is code
+that a checkpoint must not bring along."""
 AskedForm = Literal["auto", Form]
 
 
@@ -85,9 +88,10 @@ class Qwen3Model:
         self.folder = folder
         self.config = ModelConfig.read(folder)
         self._weights_cache = cache_folders(folder, WEIGHTS_CACHE)
+        self._native: Native | None = None
         self._weights, why = self._form(cpu_weights, device, dtype)
         self._narrow_codec = narrow_codec(self._weights, device)
-        self._sounding = (dtype, self._weights, f"narrow codec: {self._narrow_codec}")
+        self._sounding = (dtype, self._weights, f"narrow codec: {self._narrow_codec}", f"kernel: {bool(self._native)}")
         self.served = qwen3_checkpoint.served(self.config, qwen3_checkpoint.identity(folder, *self._sounding), why)
         self._slots, self._fewest_slots = slots, 1 if fewer_slots else slots
         self._device, self._dtype = device, dtype
@@ -176,10 +180,11 @@ class Qwen3Model:
         """The form of the weights and, where there is a choice, what it is and why."""
         if device != "cpu" or dtype != "float32":
             return "fp32", ""
+        self._native, kernel = find(WEIGHTS_CACHE)
         if asked != "auto":
-            return asked, f"{asked}: asked for"
-        choice = choose_form(self.config.talker_config, self._weights_cache)
-        return choice.form, choice.reason
+            return asked, f"{asked}: asked for; by {kernel}"
+        choice = choose_form(self.config.talker_config, self._weights_cache, self._native)
+        return choice.form, f"{choice.reason}; by {kernel}"
 
     def _read(self) -> SpeechModel:
         if qwen3_checkpoint.identity(self.folder, *self._sounding) != self.served.revision:
@@ -201,6 +206,7 @@ class Qwen3Model:
                 weights=self._weights,
                 weights_cache=self._weights_cache,
                 progress=progress,
+                native=self._native,
                 positions=POSITIONS,
                 limits=limits,
             )

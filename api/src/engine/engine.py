@@ -65,7 +65,7 @@ class Engine:
     """Runs a runner. `start` gives it its thread; without one, tests call `step` themselves.
 
     `silent_tail(samples, frames)` says how many frames at the end of a chunk are silent. `prepare` is called first in
-    the thread.
+    the thread, and `finish` last.
     """
 
     def __init__(
@@ -76,9 +76,10 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         silent_tail: SilentTail = silent_tail,
         prepare: Callable[[], object] = lambda: None,
+        finish: Callable[[], object] = lambda: None,
     ) -> None:
         self._stepper = Stepper(runner, limits, clock, silent_tail)
-        self._clock, self._prepare = clock, prepare
+        self._clock, self._prepare, self._finish = clock, prepare, finish
         self._inbox: deque[Command] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -158,6 +159,8 @@ class Engine:
             self._end_all("error", EngineStopped(f"the engine has died: {error!r}"))
         else:
             self._end_all("cancelled")
+        finally:
+            self._finish()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do. False: the engine is to stop."""

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +24,8 @@ from torch import Tensor
 
 from .config import TalkerConfig, TransformerConfig
 from .linear import Form, Linear
+from .native.products import Native
+from .processor import processor
 
 MAX_ERROR = 0.03
 """Of a product, relative, root mean square, for normally distributed weights and rows.
@@ -40,7 +41,7 @@ ROWS = (1, 8)
 _REPEATS = 5
 _MIN_BYTES = 40_000_000
 _MAX_COPIES = 6
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -53,39 +54,44 @@ class Choice:
 
 
 @torch.inference_mode()
-def choose_form(config: TalkerConfig, folders: Sequence[Path] = ()) -> Choice:
-    """The choice noted in one of `folders` for this processor, torch and size, or a new one."""
-    name = f"auto-{_key(config)}.choice"
+def choose_form(config: TalkerConfig, folders: Sequence[Path] = (), native: Native | None = None) -> Choice:
+    """The choice noted in one of `folders` for this processor, torch and size, or a new one.
+
+    `native`: the CPU's kernel, which has some of the forms then.
+    """
+    name = f"auto-{_key(config, native)}.choice"
     for folder in folders:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             return _noted(folder / name)
-    choice = _decide(config)
+    choice = _decide(config, native)
     _note(choice, [folder / name for folder in folders])
     return choice
 
 
-def product_error(form: Form, outputs: int = 512, inputs: int = 1024) -> float:
+def product_error(form: Form, native: Native | None = None, outputs: int = 512, inputs: int = 1024) -> float:
     """Of a product in that form: relative, root mean square."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.empty(outputs, inputs).normal_(0, 0.02, generator=generator).bfloat16().float()
     rows = torch.empty(32, inputs).normal_(generator=generator)
     exact = rows.double() @ weight.T.double()
-    return float((_linear(weight, form)(rows) - exact).norm() / exact.norm())
+    return float((_linear(weight, form, native)(rows) - exact).norm() / exact.norm())
 
 
-def _decide(config: TalkerConfig) -> Choice:
+def _decide(config: TalkerConfig, native: Native | None) -> Choice:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _measured(config)
+        return _measured(config, native)
     finally:
         torch.set_num_threads(threads)
+        if native is not None:
+            native.close()  # the next call has as many threads as torch has then
 
 
-def _measured(config: TalkerConfig) -> Choice:
-    errors = {form: product_error(form) for form in get_args(Form)}
+def _measured(config: TalkerConfig, native: Native | None) -> Choice:
+    errors = {form: product_error(form, native) for form in get_args(Form)}
     safe = [form for form, error in errors.items() if error <= MAX_ERROR]
-    per_weight = _measure(config.code_predictor_config, safe)
+    per_weight = _measure(config.code_predictor_config, safe, native)
     frame_ms = {form: [1e3 * _frame_weights(config) * each for each in per_weight[form]] for form in safe}
     gains = {form: _gain(frame_ms["fp32"], times) for form, times in frame_ms.items()}
     best = max(gains, key=lambda form: gains[form])
@@ -108,16 +114,16 @@ def _reason(form: Form, frame_ms: dict[Form, list[float]], errors: dict[Form, fl
     return "; ".join([f"{form}: ms of one core for a frame's products, alone and for 8 streams: {times}", *left_out])
 
 
-def _measure(config: TransformerConfig, forms: Sequence[Form]) -> dict[Form, list[float]]:
+def _measure(config: TransformerConfig, forms: Sequence[Form], native: Native | None) -> dict[Form, list[float]]:
     """Seconds per weight of each form, for each of ROWS."""
     weights = [torch.empty(shape).normal_(0, 0.02).bfloat16().float() for shape in _shapes(config)]
     count = sum(weight.numel() for weight in weights)
     layers: dict[Form, list[list[Linear]]] = {}
     for form in forms:
-        layers[form] = [_layer(weights, form)]
+        layers[form] = [_layer(weights, form, native)]
         read = count * layers[form][0][0].weight_bytes
         copies = min(_MAX_COPIES, max(1, round(_MIN_BYTES / read)))
-        layers[form] += [_layer(weights, form) for _ in range(copies - 1)]
+        layers[form] += [_layer(weights, form, native) for _ in range(copies - 1)]
     best: dict[Form, list[float]] = {form: [] for form in forms}
     for rows in ROWS:
         inputs = [torch.randn(rows, weight.shape[1]) for weight in weights]
@@ -135,17 +141,17 @@ def _seconds(layers: list[list[Linear]], inputs: list[Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def _layer(weights: Sequence[Tensor], form: Form) -> list[Linear]:
+def _layer(weights: Sequence[Tensor], form: Form, native: Native | None) -> list[Linear]:
     *others, down = weights
-    return [*(_linear(weight, form) for weight in others), _linear(down, form, fine=True)]
+    return [*(_linear(weight, form, native) for weight in others), _linear(down, form, native, fine=True)]
 
 
-def _linear(weight: Tensor, form: Form, *, fine: bool = False) -> Linear:
+def _linear(weight: Tensor, form: Form, native: Native | None, *, fine: bool = False) -> Linear:
     outputs, inputs = weight.shape
     with torch.device("meta"):
         linear = Linear(inputs, outputs)
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    linear.settle(form, fine=fine)
+    linear.settle(form, fine=fine, native=native)
     return linear
 
 
@@ -169,17 +175,9 @@ def _frame_weights(config: TalkerConfig) -> int:
 # --- the note ---
 
 
-def _key(config: TalkerConfig) -> str:
-    parts = (_FORMAT, torch.__version__, _processor(), MAX_ERROR, _frame_weights(config))
+def _key(config: TalkerConfig, native: Native | None) -> str:
+    parts = (_FORMAT, torch.__version__, processor(), MAX_ERROR, _frame_weights(config), native is not None)
     return hashlib.sha256(repr((*parts, _shapes(config.code_predictor_config))).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        kept = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-        return "\n".join(sorted(set(kept)))
-    return platform.processor() or platform.machine()
 
 
 def _noted(path: Path) -> Choice:

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from .linear import Form, Linear
-from .quantised import Codes, Layout, Quantised, quantised
+from .native.products import Native
+from .quantised import Codes, Layout, Quantiser, quantised
 from .weight_cache import FOLDER, WeightCache, fingerprint
 
 Progress = Callable[[int, int], object]
@@ -36,7 +37,7 @@ class Settler:
     """Gives each Linear of `module` its form as soon as it is loaded, or before, from the cache.
 
     A context manager around the loading: `ready` and `filled` are what `weights.load` asks. `cache`: folders for
-    quantised weights, the first that can be used; see `cache_folders`.
+    quantised weights, the first that can be used; see `cache_folders`. `native`: the CPU's kernel, if it is there.
     """
 
     def __init__(
@@ -47,15 +48,17 @@ class Settler:
         checkpoint: Path | None = None,
         cache: Sequence[Path] = (),
         progress: Progress = ignore,
+        native: Native | None = None,
     ) -> None:
-        self._form, self._progress = form, progress
-        self._kinds: dict[Linear, tuple[str, type[Quantised]]] = {}
+        self._form, self._progress, self._native = form, progress, native
+        self._kinds: dict[Linear, tuple[str, Quantiser]] = {}
         self._chosen: set[Linear] = set()
         for path, part in module.named_modules():
             if isinstance(part, Linear) and _LAYERS in path:
                 self._chosen.add(part)
                 on_cpu = part.weight.device.type == "cpu" and part.weight.dtype == torch.float32
-                if on_cpu and (kind := quantised(form, *part.weight.shape, fine=path.endswith(_AFTER_SWIGLU))):
+                fine = path.endswith(_AFTER_SWIGLU)
+                if on_cpu and (kind := quantised(form, *part.weight.shape, fine=fine, native=native)):
                     self._kinds[part] = path, kind
         self._done, self._total = 0, len(self._kinds)
         self._cache: WeightCache | None = None
@@ -91,12 +94,12 @@ class Settler:
         if not isinstance(part, Linear):
             return
         if part not in self._kinds:
-            part.settle(self._form if part in self._chosen else "fp32")
+            part.settle(self._form if part in self._chosen else "fp32", native=self._native)
             return
         path, kind = self._kinds[part]
         codes = part.quantise(kind)
         if codes is None:
-            part.settle()
+            part.settle(native=self._native)
         elif self._cache is not None:
             for name, tensor in codes.items():
                 self._cache.write(f"{path}.{name}", tensor)

@@ -15,11 +15,13 @@ from torch import Tensor
 from .config import ModelConfig
 from .forms import Progress, Settler, ignore
 from .kernels import PLAIN, Way, chosen
-from .layers import rotations, use
+from .layers import use
 from .linear import Form, settle
+from .native.products import Native
+from .passes import LayerPasses, NativePasses, Passes
 from .prompt import PromptRows
 from .sampling import Sampling, choose, draws, penalise
-from .slots import Lengths, PaddedPromptMemory, PromptMemory, Slots, StepShape
+from .slots import Lengths, PaddedPromptMemory, Slots, StepShape
 from .talker import Talker
 from .weights import Checkpoint, empty, load
 
@@ -35,18 +37,20 @@ _TEXT_TABLE = "model.text_embedding.weight"
 class LanguageModel:
     """Text and voice to codes."""
 
-    def __init__(self, config: ModelConfig, talker: Talker, *, kernels: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, talker: Talker, *, kernels: bool = True, native: Native | None = None
+    ) -> None:
         """`talker` is loaded. Its linear maps are brought into their device's form here.
 
-        `kernels`: use fused kernels where the device has them; without, torch's own operations everywhere.
+        `kernels`: use fused kernels where the device has them; without, torch's own operations everywhere. `native`:
+        the CPU's kernel, which the talker's weights are made for.
         """
-        self.config, self.talker = config, talker
+        self.config, self.talker, self.native = config, talker, native
         codec = config.talker_config
         self.eos = codec.codec_eos_token_id
         self.weight = talker.model.norm.weight
-        settle(talker)
+        settle(talker, native=native)
         talker.code_predictor.fold(talker.model.codec_embedding.weight)
-        self.predictor_rotation = rotations(codec.code_predictor_config, codec.num_code_groups, self.weight)
         special = torch.arange(codec.vocab_size) >= codec.vocab_size - SPECIAL_CODES
         special[self.eos] = False
         self.suppressed = special.to(self.weight.device)
@@ -64,12 +68,13 @@ class LanguageModel:
         weights_cache: Sequence[Path] = (),
         progress: Progress = ignore,
         kernels: bool = True,
+        native: Native | None = None,
     ) -> LanguageModel:
         """The checkpoint in `folder`.
 
         The text table, of which single rows are read, keeps the file's dtype. `weights`: their form on a CPU; quantised
         ones are kept in the first folder of `weights_cache` that can be used, and `progress` is told how many there are
-        already. `kernels`: as __init__'s.
+        already. `kernels`, `native`: as __init__'s.
 
         Raises:
             CheckpointError: whatever makes the checkpoint unusable.
@@ -83,14 +88,18 @@ class LanguageModel:
                 return talker
 
             talker = empty(build, device=device)
-            with Settler(talker, weights, checkpoint=folder, cache=weights_cache, progress=progress) as settler:
+            with Settler(
+                talker, weights, checkpoint=folder, cache=weights_cache, progress=progress, native=native
+            ) as settler:
                 load(talker, checkpoint, _PREFIX, ready=settler.ready, filled=settler.filled)
-        return cls(config, talker, kernels=kernels)
+        return cls(config, talker, kernels=kernels, native=native)
 
     def use(self, way: Way) -> None:
         """How steps are computed from now on. Graphs that are captured already keep what they had."""
         self.way = way
         use(self.talker, way.arithmetic)
+        config = self.config.talker_config
+        self.passes: Passes = NativePasses.of(self.talker, config, self.native) or LayerPasses(self.talker, config, way)
 
     def new_slots(self, count: int, positions: int, text_rows: int) -> Slots:
         """Arenas for `count` streams; see Slots."""
@@ -112,10 +121,8 @@ class LanguageModel:
             state.enter(slot, sampling, len(prompt.rows) - 1, prompt.rows[-1], prompt.trailing, prompt.pad)
 
     def store(self, state: Slots, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
-        """Keys and values of prompts, each (L, H) of its own length, one after the other in one pass."""
-        lengths = [len(rows) for rows in prompts]
-        places = torch.cat([torch.arange(length) for length in lengths]).to(self.weight.device)
-        self.talker(torch.cat(list(prompts)), state.rotation.at(places), PromptMemory(state.talker, slots, lengths))
+        """Keys and values of prompts, each (L, H) of its own length."""
+        self.passes.store(state, slots, prompts)
 
     def store_padded(self, state: Slots, index: Tensor, x: Tensor) -> None:
         """As `store`, of one shape: index (B,), x (B, L, H), each prompt followed by any rows.
@@ -145,20 +152,16 @@ class LanguageModel:
     def frame(self, state: Slots, index: Tensor, shape: StepShape, lengths: Lengths = ()) -> Tensor:
         """The device's part of frame_step: index (B,) -> codes (B, C). `lengths`: as StepMemory."""
         rows = state.rows(index)
-        memory = self.way.step_memory(state.talker, index, rows.positions, lengths, shape.span)
-        x, delta = self.talker(state.next_input[index], state.rotation.at(rows.positions), memory)
-        _, hidden = self.talker.model.norm.add(x, delta)  # (B, H): the head's input and the code predictor's
+        hidden, logits = self.passes.talk(state, index, rows, shape, lengths)  # (B, H), (B, V)
         uniform = draws(rows.keys, rows.frames, self.config.talker_config.num_code_groups)  # (B, C)
 
-        logits = penalise(self.talker.codec_head(hidden).float(), state.seen[index], rows.penalty)  # (B, V)
+        logits = penalise(logits.float(), state.seen[index], rows.penalty)  # (B, V)
         too_early = (rows.frames < rows.min_new_tokens)[:, None] & self.is_eos
         logits = logits.masked_fill(self.suppressed | too_early, -torch.inf)
         first = choose(logits, rows.talker, uniform[:, 0], shape.width)
 
-        scratch = self.way.frame_memory(state.predictor, shape.rows)
-        rest = self.talker.code_predictor(
-            hidden, first, self.predictor_rotation, scratch, rows.subtalker, uniform[:, 1:], shape.subtalker_width
-        )
+        run = self.passes.predict(state, shape.rows)
+        rest = self.talker.code_predictor(hidden, first, run, rows.subtalker, uniform[:, 1:], shape.subtalker_width)
         codes = torch.cat((first[:, None], rest), dim=1)
         state.commit(index, rows, first, self.talker.frames(codes))
         return codes

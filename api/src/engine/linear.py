@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .native.products import Native
 from .products import BlockedProduct, HalfProduct, Product, brain_product
-from .quantised import Codes, Quantised, quantised
+from .quantised import Codes, Quantiser, quantised
 
 Form = Literal["fp32", "bf16", "int8", "int4"]
 """On a CPU. fp32: the fastest that loses nothing; the others: the nearest to them that the processor has."""
@@ -36,24 +37,30 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     @property
+    def product(self) -> Product | None:
+        """What the weight has become."""
+        return self._product
+
+    @property
     def weight_bytes(self) -> float:
         """Per weight, of what a call reads."""
         return self.weight.element_size() if self._product is None else self._product.weight_bytes
 
-    def settle(self, form: Form = "fp32", *, fine: bool = False) -> None:
+    def settle(self, form: Form = "fp32", *, fine: bool = False, native: Native | None = None) -> None:
         """On a CPU, replace the weight by that form, or by one that loses less. No loading after that.
 
-        `fine`: the rows have values far above the rest, see quantised.FineInt8Product.
+        `fine`: the rows have values far above the rest, see quantised.FineInt8Product. `native`: the CPU's kernel,
+        which has the forms int8 and, for numbers of bf16, fp32.
         """
         if self._product is None and self.weight.device.type == "cpu":
             weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-            kind = quantised(form, *weight.shape, fine=fine) if weight.dtype == torch.float32 else None
+            kind = quantised(form, *weight.shape, fine=fine, native=native) if weight.dtype == torch.float32 else None
             if kind is not None and self.quantise(kind) is not None:
                 return
-            if product := _product(form, weight, bias):
+            if product := _product(form, weight, bias, native):
                 self.adopt(product)
 
-    def quantise(self, kind: type[Quantised]) -> Codes | None:
+    def quantise(self, kind: Quantiser) -> Codes | None:
         """Replace the weight, which is on a CPU and in fp32, by that; its codes. None: some value is not finite."""
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if self._product is not None or not bool(weight.isfinite().all()):
@@ -81,14 +88,16 @@ class PackedLinear(Linear):
             yield f"{name}.weight", rows
 
 
-def settle(module: nn.Module, form: Form = "fp32") -> None:
+def settle(module: nn.Module, form: Form = "fp32", native: Native | None = None) -> None:
     """`Linear.settle` for all of `module`, one weight after the other."""
     for part in module.modules():
         if isinstance(part, Linear):
-            part.settle(form)
+            part.settle(form, native=native)
 
 
-def _product(form: Form, weight: Tensor, bias: Tensor | None) -> Product | None:
+def _product(form: Form, weight: Tensor, bias: Tensor | None, native: Native | None) -> Product | None:
     if form == "bf16" and weight.dtype == torch.float32 and (product := brain_product(weight, bias)):
         return product
+    if native and weight.dtype == torch.float32 and (exact := native.exact(weight, bias)):
+        return exact
     return HalfProduct.of(weight, bias) or BlockedProduct.of(weight, bias)

@@ -29,6 +29,7 @@ from .lanes import CudaLane
 from .language_model import LanguageModel
 from .linear import Form
 from .messages import Limits, Request
+from .native.products import Native
 from .products import multiplies_bf16
 from .prompt import Prompt, PromptBuilder, Reference
 from .reference import SpeakerEncoder
@@ -125,13 +126,15 @@ def load_model(
     weights: Form = "fp32",
     weights_cache: Sequence[Path] = (),
     progress: Progress = ignore,
+    native: Native | None = None,
 ) -> SpeechModel:
     """The checkpoint in `folder`, with arenas for `slots` streams of `positions` prompt rows and frames each.
 
     `codec`: a decoder loaded before, for all checkpoints have the same. `limits.slots` must equal `slots`.
     On a CPU, no more prompts go into one step than pay off. `threads`: torch's, of the whole process; None: as many as
     cores that it may use. `capture`: makes graphs of all work; None: CUDA's on a GPU, none on a CPU. `kernels`: fused
-    ones on a GPU, where they work. `weights`, `weights_cache`, `progress`: as LanguageModel.load's.
+    ones on a GPU, where they work. `weights`, `weights_cache`, `progress`, `native`: as LanguageModel.load's; the
+    threads of `native` are there while the engine runs.
 
     Raises:
         CheckpointError: whatever makes the checkpoint unusable.
@@ -141,7 +144,14 @@ def load_model(
     tokenizer = TextTokenizer(folder)
     codec_config = CodecConfig.read(folder)
     model = LanguageModel.load(
-        folder, dtype, device, weights=weights, weights_cache=weights_cache, progress=progress, kernels=kernels
+        folder,
+        dtype,
+        device,
+        weights=weights,
+        weights_cache=weights_cache,
+        progress=progress,
+        kernels=kernels,
+        native=native,
     )
     codec = codec or CodecDecoder.load(folder, codec_dtype, device, narrow=narrow_codec(weights, device))
     builder = PromptBuilder(model.config, tokenizer, model.talker)
@@ -154,13 +164,20 @@ def load_model(
         steps = Steps(model, codec, **arenas)
     else:
         steps = _graphed(model, codec, arenas, limits.codec_frames, capture, torch.device(device))
+    if native is not None:
+        native.close()  # its threads are of the engine's own thread
     clones = model.config.tts_model_type == "base"
     return SpeechModel(
         model.config,
         tokenizer,
         codec,
         codec_config,
-        Engine(TorchRunner(steps, builder), limits, prepare=partial(_prepare, steps, torch.get_num_threads())),
+        Engine(
+            TorchRunner(steps, builder),
+            limits,
+            prepare=partial(_prepare, steps, torch.get_num_threads()),
+            finish=native.close if native else lambda: None,
+        ),
         steps,
         SpeakerEncoder.load(folder, device) if clones else None,
         CodecEncoder.load(folder, device) if clones else None,

@@ -1,12 +1,14 @@
 """The code predictor: codes 1 .. 15 of a frame from the talker's hidden state and code 0.
 
-Owns its weights and the unrolled passes; keys and values are the caller's scratch, restarted each frame.
+Owns its weights and the order of the passes; how one is computed is the caller's (passes.py), as are keys and values,
+which are scratch, restarted each frame.
 Shapes: B rows, H talker's hidden, h the predictor's, V codebook size, C code groups (16).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,14 @@ class PredictorModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class PredictorPass(Protocol):
+    """The layers and a head, for the passes of one frame in their order."""
+
+    def __call__(self, group: int, x: Tensor) -> Tensor:
+        """x (B * T, h), T new positions of each row, two in pass 0 and then one -> logits (B, V) of code group + 1."""
+        ...
+
+
 class CodePredictor(nn.Module):
     """talker.code_predictor of the checkpoint. Call `fold` after loading."""
 
@@ -64,33 +74,40 @@ class CodePredictor(nn.Module):
         self.tables = [project(table) for table in (first, *self.model.codec_embedding.weight[:-1])]
 
     def forward(
-        self,
-        hidden: Tensor,
-        first: Tensor,
-        rotation: Rotation,
-        memory: FrameMemory,
-        rule: Rule,
-        uniform: Tensor,
-        width: int,
+        self, hidden: Tensor, first: Tensor, run: PredictorPass, rule: Rule, uniform: Tensor, width: int
     ) -> Tensor:
-        """hidden (B, H), first (B,), uniform (B, C - 1) -> codes 1 .. C - 1: (B, C - 1). rotation: C positions."""
-        rows = first.shape[0]
+        """hidden (B, H), first (B,), uniform (B, C - 1) -> codes 1 .. C - 1: (B, C - 1). `run`: of this frame."""
         project = self.small_to_mtp_projection or nn.Identity()
         x = torch.stack((project(hidden), self.tables[0][first]), dim=1).flatten(0, 1)  # (2 B, h)
-        turn = rotation.at(torch.arange(2, device=x.device).repeat(rows))
         codes: list[Tensor] = []
-        for group, head in enumerate(self.lm_head):
-            delta: Tensor | None = None
-            for layer in self.model.layers:
-                x, delta = layer(x, delta, turn, memory)
-            memory.advance(x.shape[0] // rows)
-            _, normed = self.model.norm.add(_last(x, rows), None if delta is None else _last(delta, rows))
-            logits = head(normed)  # (B, V)
+        for group in range(len(self.lm_head)):
+            logits = run(group, x)  # (B, V)
             codes.append(choose(logits.float(), rule, uniform[:, group], width))
             if group + 1 < len(self.lm_head):
                 x = self.tables[group + 1][codes[-1]]  # (B, h)
-                turn = Rotation(*(table[group + 2] for table in rotation))
         return torch.stack(codes, dim=1)
+
+
+class LayerPass:
+    """Implements PredictorPass layer by layer. rotation: the table of C positions; `memory`: of this frame."""
+
+    def __init__(self, predictor: CodePredictor, rotation: Rotation, memory: FrameMemory) -> None:
+        self._predictor, self._rotation, self._memory = predictor, rotation, memory
+
+    def __call__(self, group: int, x: Tensor) -> Tensor:
+        """As PredictorPass."""
+        rows, fresh = self._memory.rows, x.shape[0] // self._memory.rows
+        if group == 0:
+            turn = self._rotation.at(torch.arange(fresh, device=x.device).repeat(rows))
+        else:
+            turn = Rotation(*(table[group + 1] for table in self._rotation))
+        delta: Tensor | None = None
+        for layer in self._predictor.model.layers:
+            x, delta = layer(x, delta, turn, self._memory)
+        self._memory.advance(fresh)
+        _, normed = self._predictor.model.norm.add(_last(x, rows), None if delta is None else _last(delta, rows))
+        logits: Tensor = self._predictor.lm_head[group](normed)
+        return logits
 
 
 def _last(x: Tensor, rows: int) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import Product
+
 Codes = dict[str, Tensor]
 """A quantised weight, the same on every machine."""
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -36,25 +38,27 @@ _PART = 256
 """Rows of a weight that are quantised at once: their intermediates stay in the caches."""
 
 
-class Quantised(Protocol):
-    """How a weight is quantised, and the product by it."""
+class Quantiser(Protocol):
+    """How a weight is quantised, and what makes the product by it: one of the classes below, or a kernel's."""
 
-    weight_bytes: float
-
-    def __init__(self, codes: Codes, bias: Tensor | None) -> None: ...
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """As Product."""
+    def __call__(self, codes: Codes, bias: Tensor | None) -> Product:
+        """The product."""
         ...
 
-    @staticmethod
-    def layout(outputs: int, inputs: int) -> Layout | None:
+    def layout(self, outputs: int, inputs: int) -> Layout | None:
         """Of Codes for a weight (O, I). None where there is no kernel for such a one."""
         ...
 
-    @staticmethod
-    def quantise(weight: Tensor) -> Codes:
+    def quantise(self, weight: Tensor) -> Codes:
         """weight (O, I) in fp32, all finite."""
+        ...
+
+
+class Kernel(Protocol):
+    """Another maker of int8 products, by the same codes."""
+
+    def quantiser(self, fine: bool) -> Quantiser:
+        """`fine`: for rows with values far above the rest."""
         ...
 
 
@@ -89,7 +93,7 @@ class Int8Product:
 
     @staticmethod
     def layout(outputs: int, inputs: int) -> Layout | None:
-        """As Quantised."""
+        """As Quantiser."""
         available = torch.backends.quantized.engine in ("x86", "fbgemm")
         if not available or not hasattr(torch.ops.quantized, "linear_prepack"):
             return None
@@ -97,7 +101,7 @@ class Int8Product:
 
     @staticmethod
     def quantise(weight: Tensor) -> Codes:
-        """As Quantised: symmetric, by each output's largest weight."""
+        """As Quantiser: symmetric, by each output's largest weight."""
         codes, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(weight.shape[0])
         for part, into, scale in zip(*(torch.split(each, _PART) for each in (weight, codes, scales)), strict=True):
             scale.copy_(part.abs().amax(dim=1).div_(127).clamp_(min=_TINY))
@@ -142,7 +146,7 @@ class Int4Product:
 
     @staticmethod
     def layout(outputs: int, inputs: int) -> Layout | None:
-        """As Quantised."""
+        """As Quantiser."""
         available = hasattr(torch, "_weight_int4pack_mm_for_cpu")
         if not available or outputs % 16 or inputs % GROUP:
             return None
@@ -151,21 +155,29 @@ class Int4Product:
 
     @staticmethod
     def quantise(weight: Tensor) -> Codes:
-        """As Quantised: code q stands for (q - 8) * scale + middle, both rounded to bf16 before q is chosen."""
+        """As Quantiser: code q stands for (q - 8) * scale + middle, both rounded to bf16 before q is chosen."""
         parts = [_four_bits(part) for part in torch.split(weight, _PART)]
         codes, scales = (list(column) for column in zip(*parts, strict=True))
         return {"codes": torch.cat(codes), "scales": torch.cat(scales, dim=1)}
 
 
-QUANTISED: dict[str, tuple[type[Quantised], ...]] = {"int8": (Int8Product,), "int4": (Int4Product, Int8Product)}
+QUANTISED: dict[str, tuple[Quantiser, ...]] = {"int8": (Int8Product,), "int4": (Int4Product, Int8Product)}
 """By form, what is tried in turn."""
 
 
-def quantised(form: str, outputs: int, inputs: int, *, fine: bool = False) -> type[Quantised] | None:
-    """How a weight (O, I) is quantised in a form; None: not at all. `fine`: its rows have values far above the rest."""
-    kinds = (kind for kind in QUANTISED.get(form, ()) if kind.layout(outputs, inputs))
-    kind = next(kinds, None)
-    return FineInt8Product if fine and kind is Int8Product else kind
+def quantised(
+    form: str, outputs: int, inputs: int, *, fine: bool = False, native: Kernel | None = None
+) -> Quantiser | None:
+    """How a weight (O, I) is quantised in a form; None: not at all. `fine`: its rows have values far above the rest.
+
+    `native`: takes int8's place, on any processor.
+    """
+    for kind in QUANTISED.get(form, ()):
+        if kind is Int8Product and native is not None:
+            return native.quantiser(fine)
+        if kind.layout(outputs, inputs):
+            return FineInt8Product if fine and kind is Int8Product else kind
+    return None
 
 
 def _four_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
