@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from api.src.engine import codec_tail
 from api.src.engine.codec import CodecDecoder, CodecState
 from api.src.engine.codec_layers import Tensors
 from api.src.engine.config import CodecDecoderConfig
@@ -36,6 +37,8 @@ class RandomTensors(Tensors):
 
 def ours() -> Callable[[torch.Tensor], torch.Tensor]:
     decoder = CodecDecoder(CodecDecoderConfig(**PUBLISHED), RandomTensors(Checkpoint(Path())))
+    if native := codec_tail.load():
+        decoder.adopt(native)
     settle(decoder)
     state = CodecState(decoder, 4)
     megabytes = sum(each.nbytes for each in (state.tails, state.cache)) / 4e6

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from api.src.engine.linear import Linear
 from api.src.engine.loading import load_model
 from api.src.engine.native import check as checks
 from api.src.engine.native.check import find
-from api.src.engine.native.library import SOURCES, NoKernel, load
-from api.src.engine.native.products import Native, NativeProduct
+from api.src.engine.native.library import NoKernel, load
+from api.src.engine.native.products import DECODER, Native, NativeProduct
 from api.src.engine.passes import LayerPasses, NativePasses
 from api.src.engine.prompt import PromptRows
 from api.src.engine.quantised import FineInt8Product, Int8Product
@@ -29,6 +30,7 @@ from tests.engine.streams import GREEDY, Stream, cases, run
 from tests.engine.test_forms import frames
 
 pytestmark = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
+ROOT = Path(__file__).parents[2]
 GENERIC = "#undef __AVX512VNNI__\n#undef __AVX512F__\n"
 SIZES = [(33, 7), (5, 70), (64, 128), (16, 1), (1, 260)]
 ROWS = range(1, 20)
@@ -36,20 +38,20 @@ ROWS = range(1, 20)
 
 def changed(folder: Path, old: str, new: str) -> Path:
     """A copy of the sources with another text in one place."""
-    shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(DECODER.parent, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     [path] = [path for path in folder.iterdir() if old in path.read_text()]
     path.write_text(path.read_text().replace(old, new, 1))
-    return folder
+    return folder / DECODER.name
 
 
 @pytest.fixture(scope="module", params=["own", "generic"])
 def native(request, tmp_path_factory):
     """For this processor, and as on one without its widest registers."""
     folder = tmp_path_factory.mktemp("kernel")
-    sources = SOURCES
+    source = DECODER
     if request.param == "generic":
-        sources = changed(folder / "sources", "#define _GNU_SOURCE", f"{GENERIC}#define _GNU_SOURCE")
-    made = Native(load(folder, sources=sources))
+        source = changed(folder / "sources", "#define _GNU_SOURCE", f"{GENERIC}#define _GNU_SOURCE")
+    made = Native(load(source, folder))
     made.has_exact = True
     yield made
     made.close()
@@ -63,7 +65,12 @@ def keep_threads():
 
 
 def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    """The kernel's: torch has its own, which come and go."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            names.append((task / "comm").read_text())
+    return names.count("tts-kernel\n")
 
 
 def gone_to(count: int) -> bool:
@@ -216,9 +223,9 @@ def test_a_compiler_that_fails_is_named_and_the_next_one_tried(tmp_path, monkeyp
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{broken.parent}:{os.environ['PATH']}")
     with pytest.raises(NoKernel, match="broken-cc ends with 3: no headers"):
-        load(tmp_path / "cache", compilers=("broken-cc",))
+        load(DECODER, tmp_path / "cache", compilers=("broken-cc",))
     assert list((tmp_path / "cache").iterdir()) == []
-    assert load(tmp_path / "cache", compilers=("broken-cc", "cc", "gcc"))
+    assert load(DECODER, tmp_path / "cache", compilers=("broken-cc", "cc", "gcc"))
 
 
 @pytest.mark.parametrize(
@@ -232,40 +239,41 @@ def test_a_compiler_that_fails_is_named_and_the_next_one_tried(tmp_path, monkeyp
     ],
 )
 def test_a_kernel_that_calculates_something_else_is_not_used(tmp_path, old, new, fault):
-    found = find(None, sources=changed(tmp_path / "sources", old, new))
+    found = find(None, source=changed(tmp_path / "sources", old, new))
     assert found.native is None
     assert fault in found.reason
 
 
 def test_the_second_start_compiles_nothing_and_other_sources_do(tmp_path):
-    load(tmp_path / "cache")
+    load(DECODER, tmp_path / "cache")
     [made] = (tmp_path / "cache").iterdir()
     before = made.stat().st_mtime_ns
-    load(tmp_path / "cache")
+    load(DECODER, tmp_path / "cache")
     assert made.stat().st_mtime_ns == before
-    load(tmp_path / "cache", sources=changed(tmp_path / "sources", "SPINS = 2000", "SPINS = 2001"))
+    load(changed(tmp_path / "sources", "SPINS = 2000", "SPINS = 2001"), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_code_that_others_could_have_written_is_never_loaded(tmp_path):
-    load(tmp_path)
+    load(DECODER, tmp_path)
     [made] = tmp_path.iterdir()
     made.unlink()  # what is loaded must not change under its feet
     made.write_bytes(b"something else")
     made.chmod(0o777)
-    assert load(tmp_path)  # the file is replaced
+    assert load(DECODER, tmp_path)  # the file is replaced
     assert made.read_bytes() != b"something else"
     made.unlink()
     made.write_bytes(b"something else")
     made.chmod(0o700)
     tmp_path.chmod(0o777)
-    assert load(tmp_path)  # and here another folder is taken
+    assert load(DECODER, tmp_path)  # and here another folder is taken
     assert made.read_bytes() == b"something else"
 
 
 def test_starts_at_the_same_time_make_one_file(tmp_path):
-    code = "import sys, pathlib; from api.src.engine.native.library import load; load(pathlib.Path(sys.argv[1]))"
-    started = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    code = "from pathlib import Path; from api.src.engine.native.check import find; assert find(Path.cwd()).native"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment) for _ in range(3)]
     assert [process.wait(60) for process in started] == [0, 0, 0]
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
 
@@ -303,7 +311,7 @@ def test_threads_end_with_the_engine_and_come_again(tmp_path):
 
 
 def test_a_pool_that_nobody_holds_has_no_threads(tmp_path):
-    native, codes, row = Native(load(tmp_path)), Int8Product.quantise(torch.ones(64, 64)), torch.ones(2, 64)
+    native, codes, row = Native(load(DECODER, tmp_path)), Int8Product.quantise(torch.ones(64, 64)), torch.ones(2, 64)
     before = threads()
     torch.set_num_threads(4)
     native.int8(codes, None, fine=False)(row)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import filecmp
 import logging
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..engine.linear import Form
 from ..engine.loading import SpeechModel, load_model, narrow_codec
 from ..engine.messages import Limits
 from ..engine.native.check import find
+from ..engine.native.library import user_folder
 from ..engine.native.products import Native
 from ..errors import NotReady, SynthesisFailed
 from . import qwen3_checkpoint, qwen3_memory
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 CODEC = "speech_tokenizer"
 CODEC_FILES = (".json", ".safetensors")
 STOP_S = 30.0
-WEIGHTS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen3-tts"
-"""For quantised weights, where a checkpoint's own folder cannot be written to, and for the CPU's kernel, which is code
-that a checkpoint must not bring along."""
+USER_FOLDER = user_folder()
+"""For quantised weights where a checkpoint's own folder cannot be written to, and for the CPU's kernel, which is code
+and so lies where this user alone writes."""
 AskedForm = Literal["auto", Form]
 
 
@@ -87,7 +87,7 @@ class Qwen3Model:
         """Raises EngineError if the folder is no checkpoint."""
         self.folder = folder
         self.config = ModelConfig.read(folder)
-        self._weights_cache = cache_folders(folder, WEIGHTS_CACHE)
+        self._weights_cache = cache_folders(folder, USER_FOLDER)
         self._native: Native | None = None
         self._weights, why = self._form(cpu_weights, device, dtype)
         self._narrow_codec = narrow_codec(self._weights, device)
@@ -180,7 +180,7 @@ class Qwen3Model:
         """The form of the weights and, where there is a choice, what it is and why."""
         if device != "cpu" or dtype != "float32":
             return "fp32", ""
-        self._native, kernel = find(WEIGHTS_CACHE)
+        self._native, kernel = find(USER_FOLDER)
         if asked != "auto":
             return asked, f"{asked}: asked for; by {kernel}"
         choice = choose_form(self.config.talker_config, self._weights_cache, self._native)

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import codec_tail
 from .codec_layers import (
     CausalConv,
     DecoderBlock,
     MatrixKernel,
     Output,
     ResidualUnit,
+    SnakeBeta,
     Stage,
     TailLayout,
     Tensors,
@@ -31,6 +33,7 @@ from .codec_layers import (
     upsampling_kernel,
     weight,
 )
+from .codec_tail import CodecTail
 from .codec_window import Ring, WindowLayer, rotation_at
 from .config import CodecConfig, CodecDecoderConfig
 from .errors import CheckpointError
@@ -39,7 +42,7 @@ from .weights import Checkpoint
 
 STEP_FRAMES = 25
 """The most frames that are taken at once, so that memory is bounded; longer input becomes several steps."""
-RENDER_FRAMES = 2
+RENDER_FRAMES = 4
 """On a CPU the late stages, of large activations and small weights, take so many frames at once, for its caches."""
 
 
@@ -132,9 +135,19 @@ class CodecDecoder(nn.Module):
             for part in decoder.modules():
                 if isinstance(part, MatrixKernel | ResidualUnit):
                     part.narrow()
+        if dtype == torch.float32 and torch.device(device).type == "cpu" and (native := codec_tail.load()):
+            decoder.adopt(native)
         if dtype != torch.float64:
             settle(decoder)
         return decoder
+
+    def adopt(self, native: CodecTail) -> None:
+        """Have the activations, and the residual units of few channels, in C: in float32 on a CPU, before `settle`."""
+        for part in self.modules():
+            if isinstance(part, SnakeBeta):
+                part.native = native
+            elif isinstance(part, ResidualUnit):
+                part.adopt(native)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, slots: Tensor, state: CodecState) -> Tensor:

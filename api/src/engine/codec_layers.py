@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .codec_tail import CodecTail, UnitWeights
 from .errors import CheckpointError
 from .linear import Linear
 from .products import brain_product
@@ -26,6 +27,8 @@ DILATIONS = (1, 3, 9)
 MATMUL_CHANNELS = 256
 """From so many input channels on, a convolution's weights outweigh its input: gathering the taps for one matrix product
 is then faster than a convolution routine, which re-orders the weights on every call."""
+NATIVE_CHANNELS = 384
+"""Up to so many, a residual unit in fp32 is calculated in C: its weights are twice as large there."""
 
 
 class Tensors:
@@ -130,14 +133,21 @@ class SnakeBeta(nn.Module):
         super().__init__()
         self.frequency = weight(tensors.get("alpha", channels).exp())
         self.height = weight(1.0 / (tensors.get("beta", channels).exp() + 1e-9))
+        self.native: CodecTail | None = None
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """x [B, T, C] into out, which must not be x."""
+        if self.native is not None and self.native.activates(x, out):
+            self.native.snake(x, self.frequency, self.height, out)
+            return out
         torch.mul(x, self.frequency, out=out).sin_()
         out.mul_(out)
         return torch.addcmul(x, out, self.height, out=out)
 
     def inplace(self, x: Tensor) -> Tensor:
+        if self.native is not None and self.native.activates(x, x):
+            self.native.snake(x, self.frequency, self.height, x)
+            return x
         wave = (x * self.frequency).sin_()
         return x.addcmul_(wave.mul_(wave), self.height)
 
@@ -159,6 +169,13 @@ class MatrixKernel(nn.Module):
         """Have the product in bf16."""
         self.dtype = narrowed(self.product)
 
+    def plain(self) -> tuple[Tensor, Tensor] | None:
+        """Kernel [out, k, in] and bias [out], as long as the product has no other form."""
+        kernel, bias = self.product.weight, self.product.bias
+        if bias is None or not kernel.numel():
+            return None
+        return kernel.view(kernel.shape[0], self.taps, -1), bias
+
 
 class ImageKernel(nn.Module):
     """A convolution by the library's routine, channels last."""
@@ -174,6 +191,10 @@ class ImageKernel(nn.Module):
         kernel = self.kernel.transpose(1, 2).unsqueeze(2)  # [out, in, 1, k]
         return F.conv2d(image, kernel, self.bias, dilation=(1, self.dilation)).squeeze(2).transpose(1, 2)
 
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """As MatrixKernel's."""
+        return self.kernel, self.bias
+
 
 class CausalConv(Stage):
     """A causal convolution that keeps the tail of its input."""
@@ -184,19 +205,25 @@ class CausalConv(Stage):
         _, channels, taps = kernel.shape
         self.tail = layout.take((taps - 1) * dilation, channels)
         form = MatrixKernel if channels >= MATMUL_CHANNELS else ImageKernel
-        self.kernel = form(kernel, bias, dilation)
+        self.kernel: MatrixKernel | ImageKernel = form(kernel, bias, dilation)
 
     def forward(self, x: Tensor, tails: Tensor) -> Tensor:
         """[B, T, in] -> [B, T, out]."""
         window = self.window(tails, x.shape[1])
         window[:, self.tail.rows :] = x
-        return self.apply_to(window, tails)
+        out: Tensor = self.kernel(self.kept(window, tails))
+        return out
 
     def activated(self, act: SnakeBeta, x: Tensor, tails: Tensor) -> Tensor:
         """forward(act(x)), the activation being written straight into the window."""
+        out: Tensor = self.kernel(self.activated_window(act, x, tails))
+        return out
+
+    def activated_window(self, act: SnakeBeta, x: Tensor, tails: Tensor) -> Tensor:
+        """The window [B, tail + T, in] of act(x), whose end has become the tail."""
         window = self.window(tails, x.shape[1])
         act(x, out=window[:, self.tail.rows :])
-        return self.apply_to(window, tails)
+        return self.kept(window, tails)
 
     def window(self, tails: Tensor, length: int) -> Tensor:
         """A new [B, tail + length, in] that starts with the tail; the caller fills the rest."""
@@ -208,11 +235,10 @@ class CausalConv(Stage):
         """See Stage."""
         return length + self.tail.rows
 
-    def apply_to(self, window: Tensor, tails: Tensor) -> Tensor:
-        """window [B, tail + T, in] -> [B, T, out]; its end becomes the tail."""
+    def kept(self, window: Tensor, tails: Tensor) -> Tensor:
+        """The window [B, tail + T, in]; its end becomes the tail."""
         self.tail.of(tails).copy_(window[:, window.shape[1] - self.tail.rows :])
-        out: Tensor = self.kernel(window)
-        return out
+        return window
 
 
 def unfold(window: Tensor, taps: int, dilation: int) -> Tensor:
@@ -292,9 +318,12 @@ class ResidualUnit(nn.Module):
         self.mix = weight(pointwise.get("weight", channels, channels, 1).squeeze(2).t())  # [in, out]
         self.bias = weight(pointwise.get("bias", channels))
         self.narrow_mix: Linear | None = None
+        self.native: UnitWeights | None = None
 
     def forward(self, x: Tensor, tails: Tensor) -> Tensor:
         """x [B, T, C], contiguous, is overwritten."""
+        if self.native is not None:
+            return self.native(self.conv1.activated_window(self.act1, x, tails), x)
         hidden = self.act2.inplace(self.conv1.activated(self.act1, x, tails))
         if self.narrow_mix is not None:
             return x.add_(rows(self.narrow_mix, hidden))
@@ -306,6 +335,16 @@ class ResidualUnit(nn.Module):
         if self.mix.shape[0] >= MATMUL_CHANNELS:
             product = linear(self.mix.t(), self.bias)
             self.narrow_mix = product if narrowed(product) is not None else None
+
+    def adopt(self, native: CodecTail) -> None:
+        """Have it in C, if it is one of few enough channels that the C code serves, and not in bf16."""
+        conv, channels = self.conv1.kernel.plain(), self.mix.shape[0]
+        if conv is None or channels > NATIVE_CHANNELS or not native.serves(channels):
+            return
+        act = {"frequency": self.act2.frequency, "height": self.act2.height}
+        parts = {"kernel": conv[0], "bias": conv[1], **act, "mix": self.mix, "mix_bias": self.bias}
+        self.native = UnitWeights(native, parts, self.conv1.kernel.dilation)
+        del self.conv1.kernel
 
 
 class DecoderBlock(Stage):

@@ -21,8 +21,8 @@ from ..layers import DecoderLayer, RMSNorm, rotations
 from ..linear import Form, Linear, settle
 from ..quantised import Codes, Int8Product
 from ..slots import KeyValues, PromptMemory, StepMemory
-from .library import COMPILERS, SOURCES, NoKernel, load
-from .products import Native, NativeProduct
+from .library import COMPILERS, NoKernel, load
+from .products import DECODER, Native, NativeProduct
 from .stack import NativeStack
 
 _STEPS = 127.5
@@ -44,10 +44,10 @@ class Found(NamedTuple):
     reason: str
 
 
-def find(folder: Path | None, *, compilers: tuple[str, ...] = COMPILERS, sources: Path = SOURCES) -> Found:
+def find(folder: Path | None, *, compilers: tuple[str, ...] = COMPILERS, source: Path = DECODER) -> Found:
     """The kernel, compiled into `folder` if it does not lie there yet, and checked. Never fails."""
     try:
-        native = Native(load(folder, compilers=compilers, sources=sources))
+        native = Native(load(source, folder, compilers=compilers))
         check(native)
     except (NoKernel, OSError, AttributeError, ctypes.ArgumentError) as error:
         _log.warning("torch's operations serve on the CPU, which slows speech down: %s", error)

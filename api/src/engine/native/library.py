@@ -1,9 +1,10 @@
-"""The compiled kernel: where it lies, how it is made, and its functions.
+"""C sources of this folder as libraries in the process, compiled for the machine at hand by its own C compiler.
 
-Owns the C sources' compilation by the machine's own compiler for its own processor, and the file that is kept. Does not
-own what the functions are given (products.py, stack.py), nor whether they are right (check.py).
-The file is code that this process runs: it is only ever taken from a folder that the user alone can write to, and its
-name has the digest of all that it was made from.
+Owns the compiling, where libraries are kept, and when one that is kept may be taken. Does not own what is in them
+(products.py, stack.py, ../codec_tail.py), nor whether they are right (check.py).
+A library is code that this process runs: it is only ever taken from a folder that the user alone can write to. Its name
+has the digest of all that it was made from, so that a home folder which several machines share cannot bring
+instructions that the processor lacks.
 """
 
 from __future__ import annotations
@@ -24,23 +25,29 @@ from pathlib import Path
 from ..errors import EngineError
 from ..processor import processor
 
-SOURCES = Path(__file__).parent
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-Wall", "-Wextra", "-Wno-psabi", "-fPIC", "-shared", "-fvisibility=hidden")
-_MAIN = "decoder.c"
 _COMPILE_S = 120.0
 _KEPT = 4
-"""Files of other versions and processors, such as of machines that share a home."""
+"""Libraries of other versions and processors."""
+_SUM_BYTES = 32
 
 _log = logging.getLogger(__name__)
 
 
 class NoKernel(EngineError):
-    """The kernel cannot be had on this machine; says why."""
+    """A library cannot be had on this machine; says why."""
 
 
-def load(folder: Path | None, *, compilers: tuple[str, ...] = COMPILERS, sources: Path = SOURCES) -> ctypes.CDLL:
-    """The functions of decoder.c, from `folder`, where it is kept, or compiled anew. None: it is not kept.
+def user_folder() -> Path | None:
+    """Where a user's programs keep what they can make again. None: a user without a home."""
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qwen3-tts"
+    return None
+
+
+def load(source: Path, folder: Path | None, *, compilers: tuple[str, ...] = COMPILERS) -> ctypes.CDLL:
+    """`source`, with the headers beside it, from `folder`, where it is kept, or compiled anew. None: it is not kept.
 
     Raises:
         NoKernel: no compiler, or none that compiles it.
@@ -48,29 +55,23 @@ def load(folder: Path | None, *, compilers: tuple[str, ...] = COMPILERS, sources
     reasons = []
     for compiler in filter(None, map(shutil.which, compilers)):
         try:
-            return _declared(_loaded(folder, compiler, sources))
+            with _writable(folder) as place:
+                path = place / f"{source.stem}-{_digest(compiler, source)}.so"
+                return _kept(path) or _compiled(compiler, source, path)
         except (OSError, subprocess.SubprocessError, NoKernel) as error:
             reasons.append(f"{compiler}: {error}")
     raise NoKernel("; ".join(reasons) or "there is no C compiler")
 
 
-def _loaded(folder: Path | None, compiler: str, sources: Path) -> ctypes.CDLL:
-    with _folder(folder) as place:
-        path = place / f"decoder-{_digest(compiler, sources)}.so"
-        if not _own(path):
-            _compile(compiler, sources, path)
-        return ctypes.CDLL(str(path))
-
-
 @contextmanager
-def _folder(folder: Path | None) -> Iterator[Path]:
+def _writable(folder: Path | None) -> Iterator[Path]:
     """`folder` if only this user can write to it, else one that is gone afterwards: what is loaded stays."""
     if folder is not None:
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if _own(folder) and os.access(folder, os.W_OK):
-                yield folder
-                return
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _own(folder) and os.access(folder, os.W_OK):
+            yield folder
+            return
     with tempfile.TemporaryDirectory(prefix="qwen3-tts-") as passing:
         yield Path(passing)
 
@@ -84,65 +85,61 @@ def _own(path: Path) -> bool:
     return not hasattr(os, "geteuid") or (stat.st_uid == os.geteuid() and not stat.st_mode & 0o022)
 
 
-def _digest(compiler: str, sources: Path) -> str:
-    version = _run([compiler, "--version"], 10.0)
-    digest = hashlib.sha256("\0".join((version, *_flags(), processor())).encode())
-    for path in sorted([*sources.glob("*.c"), *sources.glob("*.h")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """None: it is not there, or it is damaged, which to load could end the process."""
+    with contextlib.suppress(OSError):
+        content = path.read_bytes() if _own(path) else b""
+        if content[-_SUM_BYTES:] == _sum(content[:-_SUM_BYTES]):
+            return ctypes.CDLL(str(path))
+    return None
 
 
-def _flags() -> tuple[str, ...]:
-    tune = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
-    return (*FLAGS, tune)
-
-
-def _compile(compiler: str, sources: Path, path: Path) -> None:
+def _compiled(compiler: str, source: Path, path: Path) -> ctypes.CDLL:
     """Whoever starts at the same time makes the same file; the last one stays."""
     handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:
-        _log.info("compiling %s with %s", _MAIN, compiler)
-        _run([compiler, *_flags(), str(sources / _MAIN), "-o", part, "-lm", "-lpthread"], _COMPILE_S)
+        _log.info("compiling %s with %s", source.name, compiler)
+        _run([compiler, *_flags(), str(source), "-o", part, "-lm", "-lpthread"], _COMPILE_S)
+        with open(part, "rb+") as file:
+            file.write(_sum(file.read()))  # behind what loaders read
         os.chmod(part, 0o700)
         os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(part)
-    _prune(path)
+    _prune(path.parent, source.stem)
+    return ctypes.CDLL(str(path))
 
 
-def _prune(path: Path) -> None:
+def _prune(folder: Path, stem: str) -> None:
     with contextlib.suppress(OSError):
-        kept = sorted(path.parent.glob("decoder-*.so"), key=lambda other: other.stat().st_mtime)
+        kept = sorted(folder.glob(f"{stem}-*.so"), key=lambda other: other.stat().st_mtime)
         for old in kept[:-_KEPT]:
             old.unlink(missing_ok=True)
+
+
+def _digest(compiler: str, source: Path) -> str:
+    version = _run([compiler, "--version"], 10.0)
+    digest = hashlib.sha256("\0".join((version, *_flags(), processor())).encode())
+    for path in (source, *sorted(source.parent.glob("*.h"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _flags() -> tuple[str, ...]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    return (*FLAGS, "-march=native" if x86 else "-mcpu=native")
 
 
 def _run(command: list[str], seconds: float) -> str:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
     if done.returncode:
-        first = next(iter(done.stderr.strip().splitlines()), "")
-        raise NoKernel(f"{Path(command[0]).name} ends with {done.returncode}: {first}")
+        lines = done.stderr.strip().splitlines()
+        said = next((line for line in lines if "error" in line), lines[0] if lines else "")
+        raise NoKernel(f"{Path(command[0]).name} ends with {done.returncode}: {said}")
     return done.stdout
 
 
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The functions' signatures; pointers are addresses."""
-    number, address = ctypes.c_int64, ctypes.c_void_p
-    signatures: dict[str, tuple[list[type], type | None]] = {
-        "packed_bytes": ([number] * 3, number),
-        "pack_int8": ([address, number, number, address, address], None),
-        "multiplies_floats": ([], ctypes.c_bool),
-        "pack_exact": ([address, number, number, address], ctypes.c_bool),
-        "product_scratch": ([address, number], number),
-        "multiply": ([address, address, number, address, address, address], None),
-        "step_scratch": ([address, number, number], number),
-        "run_step": ([address, address, address], None),
-        "pool_new": ([number], address),
-        "pool_free": ([address], None),
-    }
-    for name, (arguments, result) in signatures.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, result
-    return library
+def _sum(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()

@@ -8,6 +8,7 @@ Shapes: N rows, I inputs, O outputs.
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..quantised import Codes, Int8Product, Layout
 from .pool import Pool
 
+DECODER = Path(__file__).parent / "decoder.c"
 INT8, FINE, EXACT = range(3)
 _PAGE = 2 << 20
 """A huge page: weights in such are read faster."""
@@ -38,6 +40,8 @@ class Native:
     """The kernel's functions and threads, shared by all weights of a model. `close` ends the threads."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        """`library`: DECODER's. Raises AttributeError for one that lacks a function."""
+        _declare(library)
         self.library, self.pool = library, Pool(library)
         self.has_exact = bool(library.multiplies_floats())
 
@@ -125,3 +129,23 @@ class NativeProduct:
             with self.native.pool.borrow() as pool:
                 library.multiply(pool, matrix, rows, x.data_ptr(), out.data_ptr(), scratch.data_ptr())
         return out if self.bias is None else out.add_(self.bias)
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """The functions' signatures; pointers are addresses."""
+    number, address = ctypes.c_int64, ctypes.c_void_p
+    signatures: dict[str, tuple[list[type], type | None]] = {
+        "packed_bytes": ([number] * 3, number),
+        "pack_int8": ([address, number, number, address, address], None),
+        "multiplies_floats": ([], ctypes.c_bool),
+        "pack_exact": ([address, number, number, address], ctypes.c_bool),
+        "product_scratch": ([address, number], number),
+        "multiply": ([address, address, number, address, address, address], None),
+        "step_scratch": ([address, number, number], number),
+        "run_step": ([address, address, address], None),
+        "pool_new": ([number], address),
+        "pool_free": ([address], None),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result

@@ -139,8 +139,12 @@ EXPORT struct pool *pool_new(int64_t threads) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
-    for (pool->threads = 1; pool->threads < threads; pool->threads++)
+    for (pool->threads = 1; pool->threads < threads; pool->threads++) {
         if (pthread_create(&pool->ids[pool->threads - 1], NULL, thread_main, pool)) break;
+#ifdef __linux__
+        pthread_setname_np(pool->ids[pool->threads - 1], "tts-kernel"); /* as top and debuggers show it */
+#endif
+    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return pool;
 }
