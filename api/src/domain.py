@@ -207,6 +207,23 @@ class UsageEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageBacklog:
+    """Usage events on their way to the ledger, where they go there through Redis.
+
+    `stream` of them are in Redis, the oldest for `oldest_s` seconds; `memory` wait in this process. `dead_letters` are
+    entries that no ledger takes. `dropped`, a count that never falls, are those that this process had no room for.
+    `breaker` is whether this process asks Redis now: closed (it does), open or half_open.
+    """
+
+    stream: int = 0
+    oldest_s: float = 0.0
+    memory: int = 0
+    dead_letters: int = 0
+    dropped: int = 0
+    breaker: str = "closed"
+
+
+@dataclass(frozen=True, slots=True)
 class Readiness:
     """Whether a part can do its work now; if not, in which phase it is and why."""
 

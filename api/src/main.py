@@ -40,7 +40,7 @@ from .stores.accounts import Accounts
 from .stores.cache import SpeechCache
 from .stores.cache_choice import cache_at
 from .stores.ledger import Ledger
-from .stores.ledger_choice import ledger_at
+from .stores.ledger_choice import behind_redis, ledger_at
 from .stores.limits_choice import limiter_at
 from .stores.rates import RateCard
 
@@ -163,6 +163,24 @@ def build_ledger(settings: Settings) -> Ledger:
     return ledger_at(settings.ledger_url.get_secret_value(), lease_s=settings.hold_lease_s)
 
 
+def build_write_behind(settings: Settings, metrics: Metrics) -> Ledger:
+    """The ledger of a service: behind Redis where `settings.redis_url` names one."""
+    ledger = build_ledger(settings)
+    if settings.redis_url is None:
+        return ledger
+    behind = behind_redis(
+        ledger,
+        settings.redis_url.get_secret_value(),
+        flush_events=settings.usage_flush_events,
+        flush_interval_s=settings.usage_flush_interval_s,
+        failures=settings.redis_failures,
+        memory_events=settings.usage_memory_events,
+        lease_s=settings.hold_lease_s,
+    )
+    metrics.usage.backlog = behind.backlog
+    return behind
+
+
 def build_accounts(settings: Settings) -> Accounts:
     """Accounts and keys, which are where the ledger is; it is the ledger that makes their tables."""
     return Accounts(settings.ledger_url.get_secret_value())
@@ -201,7 +219,7 @@ def build_service(
         backend=backend,
         catalogue=Catalogue(backend, settings.model_aliases),
         cache=build_cache(settings),
-        ledger=build_ledger(settings),
+        ledger=build_write_behind(settings, metrics),
         rates=RateCard.load(settings.prices_file),
         gate=build_gate(settings, metrics),
         admission=Admission(concurrent, settings.queue_size),

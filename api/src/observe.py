@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .domain import ModelStats
+from .domain import ModelStats, UsageBacklog
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request that the current task serves."""
@@ -106,6 +106,29 @@ class EngineCollector(Collector):
         return frames, requests, uncaptured, slots, waiting, step
 
 
+class UsageCollector(Collector):
+    """Shows usage events on their way to the ledger; `backlog` is asked at each scrape, and None without Redis."""
+
+    def __init__(self) -> None:
+        self.backlog: Callable[[], UsageBacklog] | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        if self.backlog is None:
+            return
+        now = self.backlog()
+        yield GaugeMetricFamily("tts_usage_stream_events", "Usage events in Redis, not in the ledger", now.stream)
+        yield GaugeMetricFamily("tts_usage_stream_oldest_seconds", "Age of the oldest of them", now.oldest_s)
+        yield GaugeMetricFamily("tts_usage_memory_events", "Usage events in this process alone", now.memory)
+        yield GaugeMetricFamily("tts_usage_dead_letters", "Entries in Redis that no ledger takes", now.dead_letters)
+        yield CounterMetricFamily("tts_usage_dropped_events", "Usage events lost for want of room", now.dropped)
+        breaker = GaugeMetricFamily(
+            "tts_usage_breaker", "1 for the state of the breaker between usage events and Redis", labels=["state"]
+        )
+        for state in ("closed", "open", "half_open"):
+            breaker.add_metric([state], float(now.breaker == state))
+        yield breaker
+
+
 class Metrics:
     """What /metrics shows. One per app, so that two apps in one process do not share counters."""
 
@@ -144,3 +167,5 @@ class Metrics:
         )
         self.engines = EngineCollector()
         self.registry.register(self.engines)
+        self.usage = UsageCollector()
+        self.registry.register(self.usage)

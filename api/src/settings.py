@@ -87,6 +87,10 @@ class Settings(BaseSettings):
     ledger_url: SecretStr = SecretStr("sqlite:///data/ledger.db")  # may have a password in it
     hold_lease_s: float = Field(default=60.0, ge=0.5)
     redis_url: SecretStr | None = None  # may have a password in it
+    redis_failures: int = Field(default=5, ge=1)
+    usage_flush_events: int = Field(default=500, ge=1, le=10_000)
+    usage_flush_interval_s: float = Field(default=1.0, gt=0)
+    usage_memory_events: int = Field(default=10_000, ge=1)
 
     # --- who may ask, and what it costs ---
     api_keys: SecretPairs = []

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api.src.domain import AudioChunk
+from api.src.domain import AudioChunk, SpeechRequest
 from api.src.text.segment import segment
 from tests.api.wire import BYTES_PER_SECOND, FAILS_LATE, FORMATS, STORY, RawClient, assert_error, speak, usage
 from tests.conftest import Server
@@ -111,6 +111,18 @@ def test_the_price_is_that_of_the_model_as_it_was_asked_for(server: Server) -> N
 def test_the_form_of_the_answer_does_not_change_its_price(server: Server, fields: dict[str, Any]) -> None:
     speak(server.client, "Hello.", ALICE, **fields)
     assert charges(server) == [("completed", 6, 6 * FULL)]
+
+
+def test_usage_names_the_end_user_where_there_is_one(server: Server) -> None:
+    async def speak_for(user: str) -> None:
+        request = SpeechRequest(id=f"r-{user}", account="alice", model="tts-1", text="Hi.", voice="alloy", user=user)
+        assert [chunk async for chunk in server.service.generate_speech(request)]
+
+    server.call(lambda: speak_for("emma"))
+    server.call(lambda: speak_for(""))
+    newest, oldest = usage(server.client, ALICE)["data"]
+    assert newest["user"] == ""
+    assert (oldest["user"], oldest["outcome"]) == ("emma", "completed")
 
 
 def test_base64_silence_and_no_store_cost_like_any_other(server: Server) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import server
+from tests.bench import ledger_load, server
 from tests.bench.sound import sound_offset
 from tests.bench.speech import FORMATS
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the benchmark reads /proc")
 
 SPEAKING = {"first_sound_ms", "total_ms", "audio_s", "real_time_factor", "cpu_per_audio_s"}
+LEDGER = {"hits_per_s", "ratio", "ratio_min", "ratio_max", "median_ms", "cpu_us"}
 CONTEST = {
     "hits_per_s",
     "bare_per_s",
@@ -51,6 +52,26 @@ def test_the_last_line_holds_the_documented_figures(
     assert figures["memory"]["peak_mb"] >= figures["memory"]["idle_mb"] > 10
     for title in ("Speech, generated each time", "Cache hits of", "Start and memory"):
         assert title in printed
+
+
+def test_the_ledger_benchmark_counts_every_hit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ledger_load, "QUICK", ledger_load.Effort(rounds=1, turn_s=0.1))
+    assert ledger_load.main(["--quick", "--connections", "3"]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(printed.splitlines()[-1])
+    assert figures.keys() == {"machine", "connections", "bytes", "free", "paid", "stored", "seconds"}
+    assert figures["connections"] == 3
+    kept = ["sqlite", "postgres", "postgres+redis everysec", "postgres+redis always"]
+    for kind in ("free", "paid"):
+        assert list(figures[kind]) == ["off", *kept]
+        assert all(values.keys() == LEDGER for values in figures[kind].values())
+        assert figures[kind]["off"]["ratio"] == 1
+        assert all(values["hits_per_s"] > 0 for values in figures[kind].values())
+    assert list(figures["stored"]) == kept
+    assert all(count > 0 for count in figures["stored"].values())
+    assert "Cache hits that cost nothing, 3 connections" in printed
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

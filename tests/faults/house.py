@@ -125,7 +125,7 @@ def built(folder: Path) -> Iterator[House]:
     command = [sys.executable, "-m", "tests.faults.zygote"]
     with (
         running_server() as postgres,
-        running_redis() as redis,
+        running_redis(fsync="always") as redis,  # else its death may cost what it acknowledged last
         # Its input closes when this is left: then it ends, and its servers with it.
         subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as zygote,
     ):

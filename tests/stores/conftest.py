@@ -1,4 +1,4 @@
-"""Ledgers in real databases: SQLite in a folder, PostgreSQL in a server that the tests start."""
+"""Ledgers in real databases, SQLite in a folder and PostgreSQL in a server that the tests start; also behind Redis."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TypeAlias
 
 import pytest
 
-from api.src.stores.ledger_front import StoredLedger
+from api.src.stores.ledger import Ledger
 from tests.postgres import PostgresServer, running_server
-from tests.stores.ledgers import LedgerStore, PostgresStore, SqliteStore
+from tests.redis_server import RedisServer, running_redis
+from tests.stores.ledgers import BehindRedisStore, LedgerStore, PostgresStore, SqliteStore
 
-OpenLedger: TypeAlias = Callable[..., Awaitable[StoredLedger]]
+OpenLedger: TypeAlias = Callable[..., Awaitable[Ledger]]
 
 
 @pytest.fixture(scope="session")
@@ -22,23 +23,41 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A server for everybody."""
+    with running_redis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis(redis_server: RedisServer) -> Iterator[RedisServer]:
+    """The server, empty, and as it was started."""
+    yield redis_server
+    with redis_server.client() as client:
+        client.config_set("maxmemory", 0)
+        client.config_set("appendonly", "yes")
+        client.flushall()
+
+
+@pytest.fixture(params=["sqlite", "postgres", "sqlite behind redis"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LedgerStore]:
     """An empty database, of each kind in turn."""
-    if request.param == "sqlite":
-        yield SqliteStore(tmp_path / "state" / "ledger.db")
+    if request.param == "postgres":
+        store = PostgresStore(request.getfixturevalue("postgres"))
+        yield store
+        store.drop()
         return
-    store = PostgresStore(request.getfixturevalue("postgres"))
-    yield store
-    store.drop()
+    sqlite = SqliteStore(tmp_path / "state" / "ledger.db")
+    yield sqlite if request.param == "sqlite" else BehindRedisStore(sqlite, request.getfixturevalue("redis"))
 
 
 @pytest.fixture
 async def open_ledger(store: LedgerStore) -> AsyncIterator[OpenLedger]:
     """Start ledgers in the store; at the end their books must be sound."""
-    opened: list[StoredLedger] = []
+    opened: list[Ledger] = []
 
-    async def open_one(**options: float) -> StoredLedger:
+    async def open_one(**options: float) -> Ledger:
         ledger = store.ledger(**options)
         await ledger.start()
         opened.append(ledger)
@@ -51,5 +70,5 @@ async def open_ledger(store: LedgerStore) -> AsyncIterator[OpenLedger]:
 
 
 @pytest.fixture
-async def ledger(open_ledger: OpenLedger) -> StoredLedger:
+async def ledger(open_ledger: OpenLedger) -> Ledger:
     return await open_ledger()

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from api.src.domain import Outcome, UsageEvent
-from api.src.stores.ledger import Hold
-from api.src.stores.ledger_front import StoredLedger
+from api.src.stores.ledger import Hold, Ledger
 from api.src.stores.ledger_postgres import PostgresLedger
 from api.src.stores.ledger_sqlite import SqliteLedger
+from api.src.stores.ledger_write_behind import WriteBehind, WriteBehindLedger
 from tests.postgres import PostgresServer
+from tests.redis_server import RedisServer
 
 
 def event(hold: Hold, price: int, outcome: Outcome = "completed") -> UsageEvent:
@@ -30,13 +31,26 @@ async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> No
         await asyncio.sleep(0.01)
 
 
+def free_event(request_id: str, account: str = "ann", user: str = "") -> UsageEvent:
+    """Of a request that cost nothing."""
+    return UsageEvent(request_id, account, "tts-1", "alloy", 10, 800, "cached", 0, 1.5, user)
+
+
+async def tell(ledger: Ledger, event: UsageEvent) -> None:
+    """Make a free request that used so much."""
+    async with ledger.hold(event.account, event.request_id, 0) as hold:
+        await hold.settle(event)
+
+
 class LedgerStore(ABC):
     """An empty database for ledgers; `url` is what the settings call it."""
 
     url: str
+    kind: str
+    """The folder of its migrations."""
 
     @abstractmethod
-    def ledger(self, **options: float) -> StoredLedger:
+    def ledger(self, **options: float) -> Ledger:
         """A ledger in it, not started."""
 
     @abstractmethod
@@ -46,6 +60,10 @@ class LedgerStore(ABC):
     @abstractmethod
     def schema(self) -> int:
         """The number of the last migration."""
+
+    @abstractmethod
+    def script(self, first: str) -> None:
+        """Make a new database with the first migration alone."""
 
     @abstractmethod
     def pretend_schema(self, number: int) -> None: ...
@@ -62,6 +80,8 @@ class LedgerStore(ABC):
 
 
 class SqliteStore(LedgerStore):
+    kind = "sqlite"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.url = f"sqlite:///{path}"
@@ -77,12 +97,18 @@ class SqliteStore(LedgerStore):
     def schema(self) -> int:
         return int(self.query("PRAGMA user_version")[0][0])
 
+    def script(self, first: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.path)) as connection:
+            connection.executescript(f"{first}; PRAGMA user_version = 1")
+
     def pretend_schema(self, number: int) -> None:
         self.query(f"PRAGMA user_version = {number}")
 
     def drop_guards(self) -> None:
         self.query("DROP TRIGGER entries_keep")
         self.query("DROP TRIGGER entries_stay")
+        self.query("DROP INDEX usage_events_once")
 
 
 _GUARDS = """
@@ -92,6 +118,8 @@ _GUARDS = """
 
 
 class PostgresStore(LedgerStore):
+    kind = "postgres"
+
     def __init__(self, server: PostgresServer) -> None:
         self.server = server
         self.database = server.new_database()
@@ -106,13 +134,51 @@ class PostgresStore(LedgerStore):
     def schema(self) -> int:
         return int(self.query("SELECT max(number) FROM ledger_migrations")[0][0])
 
+    def script(self, first: str) -> None:
+        self.query(f"{first}; CREATE TABLE ledger_migrations (number INTEGER PRIMARY KEY)")
+        self.pretend_schema(1)
+
     def pretend_schema(self, number: int) -> None:
         self.query(f"INSERT INTO ledger_migrations VALUES ({number})")
 
     def drop_guards(self) -> None:
         self.query("DROP TRIGGER entries_keep ON entries")
+        self.query("DROP INDEX usage_events_once")
         for (statement,) in self.query(_GUARDS):
             self.query(statement)
 
     def drop(self) -> None:
         self.server.drop_database(self.database)
+
+
+class BehindRedisStore(LedgerStore):
+    """Another store, with the events of free requests going through Redis."""
+
+    def __init__(self, store: LedgerStore, redis: RedisServer) -> None:
+        self.store = store
+        self.redis = redis
+        self.url = store.url
+        self.kind = store.kind
+
+    def ledger(self, *, behind: WriteBehind | None = None, **options: float) -> WriteBehindLedger:
+        behind = behind or WriteBehind(flush_interval_s=0.02)
+        return WriteBehindLedger(self.store.ledger(**options), self.redis.url(), behind)
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        return self.store.query(sql)
+
+    def schema(self) -> int:
+        return self.store.schema()
+
+    def script(self, first: str) -> None:
+        self.store.script(first)
+
+    def pretend_schema(self, number: int) -> None:
+        self.store.pretend_schema(number)
+
+    def drop_guards(self) -> None:
+        self.store.drop_guards()
+
+    def told(self) -> list[str]:
+        """The requests of the usage events that the ledger has, as often as it has them, oldest first."""
+        return [request for (request,) in self.query("SELECT request_id FROM usage_events ORDER BY id")]

@@ -23,6 +23,7 @@ from tests.stores.conftest import OpenLedger
 from tests.stores.ledgers import LedgerStore, event, eventually
 
 KEY = IdempotencyKey("k", "digest")
+_FREE = "NULL, 'r', 'ann', '', '', 1, 1, '', 0, 0, ''"
 
 
 # A hold's life
@@ -516,7 +517,9 @@ async def test_a_database_of_a_newer_version_is_refused(ledger: Ledger, store: L
         ("DELETE FROM usage_events", "with 0 usage events"),
         ("UPDATE usage_events SET price_micros = 3", "of 3 in all"),
         ("UPDATE usage_events SET account = 'eve'", "not of its account eve"),
-        ("INSERT INTO usage_events SELECT 9, hold, '', account, '', '', 1, 1, '', 0, 0 FROM usage_events", "2 usage"),
+        ("INSERT INTO usage_events SELECT 9, hold, '', 'ann', '', '', 1, 1, '', 0, 0, '' FROM usage_events", "2 usage"),
+        ("INSERT INTO usage_events VALUES (9, NULL, 'r', 'ann', '', '', 1, 1, '', 7, 0, '')", "no hold and costs 7"),
+        (f"INSERT INTO usage_events VALUES (8, {_FREE}), (9, {_FREE})", "request r: 2 usage events"),
         ("UPDATE idempotency_keys SET charged = 21 WHERE value = 'k'", "charged 21, its holds were charged 20"),
         ("UPDATE idempotency_keys SET charged = 1 WHERE value = 'open'", "its holds were charged 0"),
         ("UPDATE holds SET price = 50 WHERE state = 'open'", "do not cover"),

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ from api.src.stores import ledger_laws as laws
 from api.src.stores.ledger import IdempotencyKey, Ledger
 from api.src.stores.ledger_postgres import PostgresLedger
 from tests.postgres import PostgresServer, running_server
-from tests.stores.ledgers import LedgerStore, PostgresStore, SqliteStore, event, eventually
+from tests.stores.ledgers import LedgerStore, PostgresStore, SqliteStore, event, eventually, free_event
 from tests.stores.lossy_proxy import LossyProxy
 
 T = TypeVar("T")
@@ -96,6 +97,21 @@ async def test_a_failing_act_harms_nobody_else(ledger: PostgresLedger):
         UnicodeEncodeError,
         2,
     ]
+
+
+@pytest.mark.parametrize("refusals", range(3, 8))
+async def test_what_the_database_refuses_spoils_nothing_that_comes_later(ledger: PostgresLedger, refusals: int):
+    """Whatever psycopg was about to prepare when it refused."""
+    for _ in range(refusals):
+        with pytest.raises(ValueError, match="does not take"):
+            await ledger.record([replace(free_event("r"), characters=2**70)])
+    await ledger.record([free_event("r")])
+    async with ledger.hold("ann", "h", 1) as hold:
+        for _ in range(refusals):
+            with pytest.raises(Unavailable):
+                await hold.settle(replace(event(hold, 1), characters=2**70))
+        await hold.settle(event(hold, 1))
+    assert len(await ledger.usage("ann", 100)) == 2
 
 
 ACTS = st.lists(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
@@ -43,11 +43,10 @@ async def usage(
     if account is not None and account != caller.name and not caller.admin:
         raise InvalidRequest("Only the admin key may see another account.", param="account")
     name = account or caller.name
-    of_user: dict[str, Any] = {} if user is None else {"user": user}
     return UsageResponse(
         account=name,
         balance_micros=await service.ledger.balance(name),
-        data=[UsageEntry.of(event) for event in await service.ledger.usage(name, limit, **of_user)],
+        data=[UsageEntry.of(event) for event in await service.ledger.usage(name, limit, user=user)],
     )
 
 

@@ -14,6 +14,9 @@ transaction, is sum(credits) - sum(holds) + sum(releases) and never below zero. 
 (never credited) is unlimited; a hold that was opened before its account had a wallet never moves the wallet,
 not even at its end.
 
+Usage. What a hold settled is told in the same transaction. What costs nothing and has no idempotency key needs no
+hold: its usage event may be told later (ledger_write_behind.py), and is stored once for each request's id.
+
 Owners. Each ledger object owns the holds it gave and renews its lease three times per term. A living ledger
 releases the holds of owners whose lease has run out, never those of a living one. Leases compare the wall
 clocks of the processes, or the database's where it has one; a clock that jumps by more than a lease loses holds
@@ -33,6 +36,7 @@ wallet or not. A key's first use fixes its digest and starts its term; after it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -126,8 +130,19 @@ class Ledger(Protocol):
         """What may still be reserved; None where the account has no wallet and is unlimited."""
         ...
 
-    async def usage(self, account: str | None, limit: int) -> list[UsageEvent]:
-        """The latest `limit` events of one account, or of all (None), newest first."""
+    async def record(self, events: Sequence[UsageEvent]) -> None:
+        """Store events of requests that cost nothing and had no hold, each once by its request's id.
+
+        May be repeated with the same events, in any mixture. Raises ValueError, with none of them stored, if one costs
+        something or is nothing that can be stored, Unavailable if nothing is certain.
+        """
+        ...
+
+    async def usage(self, account: str | None, limit: int, *, user: str | None = None) -> list[UsageEvent]:
+        """The latest `limit` events of one account, or of all (None), newest first.
+
+        With `user` those of this end user alone; the empty one is nobody.
+        """
         ...
 
     async def accounts(self) -> dict[str, int | None]:

@@ -47,7 +47,8 @@ LAWS = {
         SELECT id, state, coalesce(charged, 0), coalesce(events, 0), coalesce(told, 0)
         FROM holds LEFT JOIN ({_HOLD_SUM}) AS sums ON sums.hold = id
         LEFT JOIN (
-            SELECT hold, count(*) AS events, sum(price_micros) AS told FROM usage_events GROUP BY hold
+            SELECT hold, count(*) AS events, sum(price_micros) AS told FROM usage_events
+            WHERE hold IS NOT NULL GROUP BY hold
         ) AS used ON used.hold = id
         WHERE coalesce(charged, 0) <> coalesce(told, 0) OR coalesce(events, 0) > 1
             OR (state = 'settled' AND events IS NULL) OR (state = 'open' AND events IS NOT NULL)
@@ -55,7 +56,13 @@ LAWS = {
     "usage event {}: its hold {} is not of its account {}": """
         SELECT usage_events.id, usage_events.hold, usage_events.account
         FROM usage_events LEFT JOIN holds ON holds.id = usage_events.hold
-        WHERE (usage_events.account = holds.account) IS NOT TRUE
+        WHERE usage_events.hold IS NOT NULL AND (usage_events.account = holds.account) IS NOT TRUE
+    """,
+    "usage event {}: it has no hold and costs {}": """
+        SELECT id, price_micros FROM usage_events WHERE hold IS NULL AND price_micros <> 0
+    """,
+    "request {}: {} usage events without a hold": """
+        SELECT request_id, count(*) FROM usage_events WHERE hold IS NULL GROUP BY request_id HAVING count(*) > 1
     """,
     "key {}: charged {}, its holds were charged {}, the dearest costs {}": f"""
         SELECT keys.id, keys.charged, coalesce(sum(sums.charged), 0), max(price)

@@ -1,12 +1,16 @@
-"""Which ledger a URL means."""
+"""Which ledger the URLs mean."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import NotReady
 from .ledger import Ledger
 from .ledger_sqlite import SqliteLedger
+
+if TYPE_CHECKING:
+    from .ledger_write_behind import WriteBehindLedger
 
 SQLITE = "sqlite:///"
 POSTGRES = ("postgresql://", "postgresql+psycopg://")
@@ -27,3 +31,25 @@ def ledger_at(url: str, *, lease_s: float = 60.0) -> Ledger:
     except ImportError as error:
         raise NotReady("A ledger in PostgreSQL needs psycopg: pip install 'qwen3-tts-server[postgres]'.") from error
     return PostgresLedger(url, lease_s=lease_s)
+
+
+def behind_redis(
+    ledger: Ledger,
+    url: str,
+    *,
+    flush_events: int,
+    flush_interval_s: float,
+    failures: int,
+    memory_events: int,
+    lease_s: float,
+) -> WriteBehindLedger:
+    """That ledger, with the usage events of free requests going through the Redis at `url`; see WriteBehind.
+
+    Raises ValueError for a URL that is not understood, NotReady where Redis's client is not installed.
+    """
+    try:
+        from .ledger_write_behind import WriteBehind, WriteBehindLedger  # needs redis, an extra
+    except ImportError as error:
+        raise NotReady("TTS_REDIS_URL needs redis: pip install 'qwen3-tts-server[redis]'.") from error
+    options = WriteBehind(flush_events, flush_interval_s, failures, memory_events, lease_s)
+    return WriteBehindLedger(ledger, url, options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -18,10 +18,11 @@ from ..domain import UsageEvent
 from ..errors import HoldLost, Unavailable
 from . import ledger_laws as laws
 from .ledger import MAX_MICROS, IdempotencyKey
-from .ledger_page import Act
+from .ledger_page import Act, EventRow
 
 _T = TypeVar("_T")
 
+_EVENT = "request_id, account, model, voice, characters, audio_ms, outcome, price_micros, at, end_user"
 _RETRY_RELEASE_S = 1.0
 
 
@@ -143,6 +144,22 @@ class StoredLedger(ABC):
     def _retry_release(self, account: str, hold_id: int, releasing: asyncio.Future[None]) -> None:
         if not releasing.cancelled() and releasing.exception() is not None:
             releasing.get_loop().call_later(_RETRY_RELEASE_S, self._release_later, account, hold_id)
+
+
+def free_rows(events: Sequence[UsageEvent]) -> list[EventRow]:
+    """The rows of events without a hold. Raises ValueError if one of them costs something."""
+    if any(event.price_micros for event in events):
+        raise ValueError("What costs something needs a hold.")
+    return [EventRow.of(event, None, 0) for event in events]
+
+
+def usage_query(account: str | None, user: str | None, limit: int, mark: str) -> tuple[str, tuple[object, ...]]:
+    """The query of Ledger.usage and its values; `mark` stands for a value. Its columns are a UsageEvent's fields."""
+    conditions = {f"account = {mark}": account, f"end_user = {mark}": user}
+    wanted = {condition: value for condition, value in conditions.items() if value is not None}
+    where = " AND ".join([*wanted, *(["end_user <> ''"] if user else [])])  # the last one names the index
+    query = f"SELECT {_EVENT} FROM usage_events {where and 'WHERE'} {where} ORDER BY id DESC LIMIT {mark}"
+    return query, (*wanted.values(), max(limit, 0))
 
 
 def _amount(micros: int) -> int:

@@ -56,9 +56,9 @@ class EntryRow(NamedTuple):
 
 
 class EventRow(NamedTuple):
-    """A usage event, with the hold that it ended and what that was really charged."""
+    """A usage event, with the hold that it ended, if any, and what that was really charged."""
 
-    hold: int
+    hold: int | None
     request_id: str
     account: str
     model: str
@@ -68,6 +68,12 @@ class EventRow(NamedTuple):
     outcome: str
     price_micros: int
     at: float
+    end_user: str
+
+    @classmethod
+    def of(cls, event: UsageEvent, hold: int | None, charged: int) -> EventRow:
+        who = (hold, event.request_id, event.account, event.model, event.voice, event.characters)
+        return cls(*who, event.audio_ms, event.outcome, charged, event.at, event.user)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +188,7 @@ class Page:
         self.entries.append(EntryRow("credit", account, None, micros, reference, self.now))
 
     def add_event(self, hold: HoldRow, event: UsageEvent, charged: int) -> None:
-        row = (hold.id, event.request_id, event.account, event.model, event.voice, event.characters)
-        self.events.append(EventRow(*row, event.audio_ms, event.outcome, charged, event.at))
+        self.events.append(EventRow.of(event, hold.id, charged))
 
     def move(self, account: str, micros: int) -> None:
         """Add to the balance of an account with a wallet."""

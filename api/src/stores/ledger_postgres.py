@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import psycopg
 from ..domain import UsageEvent
 from ..errors import Unavailable
 from .ledger_check import find_broken
-from .ledger_front import StoredLedger
+from .ledger_front import StoredLedger, free_rows, usage_query
 from .ledger_page import Act
 from .ledger_writer import unavailable
 from .postgres_session import Query, Rows, Session
@@ -34,10 +35,6 @@ _SNAPSHOT: Query = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", ())
 _ACCOUNTS = """
     SELECT account, micros FROM (SELECT account FROM balances UNION SELECT account FROM usage_events) AS known
     LEFT JOIN balances USING (account) ORDER BY account
-"""
-_USAGE = """
-    SELECT request_id, account, model, voice, characters, audio_ms, outcome, price_micros, at
-    FROM usage_events
 """
 
 
@@ -92,12 +89,15 @@ class PostgresLedger(StoredLedger):
         found = await self._read("SELECT micros FROM balances WHERE account = %s", account)
         return int(found[0][0]) if found else None
 
-    async def usage(self, account: str | None, limit: int) -> list[UsageEvent]:
-        if account is None:
-            rows = await self._read(f"{_USAGE} ORDER BY id DESC LIMIT %s", max(limit, 0))
-        else:
-            rows = await self._read(f"{_USAGE} WHERE account = %s ORDER BY id DESC LIMIT %s", account, max(limit, 0))
-        return [UsageEvent(*row) for row in rows]
+    async def record(self, events: Sequence[UsageEvent]) -> None:
+        refusal = await self.answer(self._writer.record(free_rows(events)))
+        if refusal is not None:
+            reason = str(refusal).partition("\n")[0]  # the rest quotes rows
+            raise ValueError(f"The ledger does not take these events: {reason}") from refusal
+
+    async def usage(self, account: str | None, limit: int, *, user: str | None = None) -> list[UsageEvent]:
+        query, values = usage_query(account, user, limit, "%s")
+        return [UsageEvent(*row) for row in await self._read(query, *values)]
 
     async def accounts(self) -> dict[str, int | None]:
         return dict(await self._read(_ACCOUNTS))

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..domain import UsageEvent
 from . import ledger_laws as laws
 from .ledger_check import broken_laws
-from .ledger_front import StoredLedger
-from .ledger_page import Act
-from .sqlite_page import perform
+from .ledger_front import StoredLedger, free_rows, usage_query
+from .ledger_page import Act, EventRow
+from .sqlite_page import perform, record
 from .sqlite_writer import Cursor, SqliteWriter
 
 _T = TypeVar("_T")
@@ -41,10 +42,14 @@ _ACCOUNTS = """
     SELECT account, micros FROM (SELECT account FROM balances UNION SELECT account FROM usage_events)
     LEFT JOIN balances USING (account) ORDER BY account
 """
-_USAGE = """
-    SELECT request_id, account, model, voice, characters, audio_ms, outcome, price_micros, at
-    FROM usage_events
-"""
+_REFUSALS = (
+    sqlite3.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.ProgrammingError,
+    sqlite3.InterfaceError,
+    OverflowError,
+)
+"""What the values themselves can cause."""
 
 
 class SqliteLedger(StoredLedger):
@@ -72,8 +77,12 @@ class SqliteLedger(StoredLedger):
     async def balance(self, account: str) -> int | None:
         return await self._writer.submit(_balance, account)
 
-    async def usage(self, account: str | None, limit: int) -> list[UsageEvent]:
-        return await self._writer.submit(_usage, account, max(limit, 0))
+    async def record(self, events: Sequence[UsageEvent]) -> None:
+        await self.answer(self._writer.submit(_record, free_rows(events)))
+
+    async def usage(self, account: str | None, limit: int, *, user: str | None = None) -> list[UsageEvent]:
+        rows = await self._writer.submit(_rows, *usage_query(account, user, limit, "?"))
+        return [UsageEvent(*row) for row in rows]
 
     async def accounts(self) -> dict[str, int | None]:
         return await asyncio.to_thread(self._accounts)
@@ -117,9 +126,12 @@ def _balance(db: Cursor, account: str) -> int | None:
     return None if found is None else int(found[0])
 
 
-def _usage(db: Cursor, account: str | None, limit: int) -> list[UsageEvent]:
-    if account is None:
-        rows = db.execute(f"{_USAGE} ORDER BY id DESC LIMIT ?", (limit,))
-    else:
-        rows = db.execute(f"{_USAGE} WHERE account = ? ORDER BY id DESC LIMIT ?", (account, limit))
-    return [UsageEvent(*row) for row in rows.fetchall()]
+def _rows(db: Cursor, query: str, values: tuple[object, ...]) -> list[Any]:
+    return db.execute(query, values).fetchall()
+
+
+def _record(db: Cursor, rows: list[EventRow]) -> None:
+    try:
+        record(db, rows)
+    except _REFUSALS as error:
+        raise ValueError(f"The ledger does not take these events: {error}") from error

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from .ledger_page import Act, Page
-from .postgres_session import Query, Rows
+from .ledger_page import Act, EventRow, Page
+from .postgres_session import Query
 
 _LOCK = "SELECT pg_advisory_xact_lock(account) FROM unnest(%s::bigint[]) AS account"
 _BALANCES = "SELECT account, micros FROM balances WHERE account = ANY(%s::text[])"
@@ -88,7 +88,9 @@ _ADD_EVENTS = _insert(
     outcome="text",
     price_micros="bigint",
     at="float8",
+    end_user="text",
 )
+_ADD_EVENTS_ONCE = f"{_ADD_EVENTS} ON CONFLICT (request_id) WHERE hold IS NULL DO NOTHING"
 
 
 def lock(accounts: Iterable[str]) -> Query:
@@ -132,7 +134,12 @@ def store(page: Page) -> list[Query]:
     return [(sql, _columns(rows, len(rows[0]))) for sql, rows in changes if rows]
 
 
-def _columns(rows: Rows, width: int) -> tuple[list[Any], ...]:
+def record(events: Sequence[EventRow]) -> Query:
+    """Adds events that have no hold, those that are there already excepted."""
+    return _ADD_EVENTS_ONCE, _columns(events, len(EventRow._fields))
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> tuple[list[Any], ...]:
     return tuple([row[index] for row in rows] for index in range(width))
 
 

@@ -52,6 +52,7 @@ class Session:
         self._parameters = _parameters(url, name, timeout_s)
         self._timeout_s = timeout_s
         self._connection: _Connection | None = None
+        self._spoilt = False
 
     @property
     def connected(self) -> bool:
@@ -60,6 +61,7 @@ class Session:
     def connect(self) -> None:
         """Connect afresh. Raises psycopg.OperationalError."""
         self.close()
+        self._spoilt = False
         self._connection = _Connection.connect(autocommit=True, **self._parameters)
         # One pipeline for life: leaving one sends a message that keeps the server from ever ending an idle transaction.
         self._pipelining = self._connection.pipeline()
@@ -71,7 +73,7 @@ class Session:
         Raises psycopg.Error, or ValueError for what cannot be sent. A transaction that this leaves behind is rolled
         back, if still `connected`; if not, and the queries ended one, nobody knows whether it was committed.
         """
-        if not self.connected:
+        if not self.connected or self._spoilt:
             self.connect()
         connection = self._connection
         assert connection is not None
@@ -104,6 +106,8 @@ class Session:
             self._connection = None
 
     def _roll_back(self, connection: _Connection) -> None:
+        # What came after the error was not parsed, but psycopg may take it for prepared, as long as it is connected.
+        self._spoilt = True
         try:
             with suppress(psycopg.Error):
                 self._pipeline.sync()

@@ -5,10 +5,11 @@ Owns these statements. They run in a transaction that has the file's write lock,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from sqlite3 import Cursor
 from typing import Any, TypeVar
 
-from .ledger_page import Act, Page
+from .ledger_page import Act, EventRow, Page
 
 _T = TypeVar("_T")
 
@@ -27,9 +28,10 @@ _ADD_KEY = "INSERT INTO idempotency_keys (id, account, value, digest, charged, a
 _ADD_ENTRY = "INSERT INTO entries (kind, account, hold, micros, reference, at) VALUES (?, ?, ?, ?, ?, ?)"
 _ADD_EVENT = """
     INSERT INTO usage_events
-        (hold, request_id, account, model, voice, characters, audio_ms, outcome, price_micros, at)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        (hold, request_id, account, model, voice, characters, audio_ms, outcome, price_micros, at, end_user)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+_ADD_EVENT_ONCE = f"{_ADD_EVENT} ON CONFLICT (request_id) WHERE hold IS NULL DO NOTHING"
 
 
 def perform(db: Cursor, act: Act[_T], now: float) -> _T:
@@ -43,6 +45,11 @@ def perform(db: Cursor, act: Act[_T], now: float) -> _T:
     result = act.apply(page)
     _store(db, page)
     return result
+
+
+def record(db: Cursor, events: Iterable[EventRow]) -> None:
+    """Add events that have no hold, those that are there already excepted."""
+    db.executemany(_ADD_EVENT_ONCE, events)
 
 
 def _load(db: Cursor, page: Page, act: Act[Any]) -> None:
