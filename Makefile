@@ -20,6 +20,10 @@ SERVE  += $(if $(filter postgresql%,$(LEDGER)),.postgres)
 REDIS := $(or $(TTS_REDIS_URL),$(shell sed -n 's/^TTS_REDIS_URL=//p' .env 2>/dev/null | tail -n 1))
 SERVE += $(if $(REDIS),.redis)
 
+# And OpenTelemetry, where traces are asked for.
+TRACES := $(or $(TTS_TRACES),$(shell sed -n 's/^TTS_TRACES=//p' .env 2>/dev/null | tail -n 1))
+SERVE  += $(if $(filter true True TRUE 1 yes on,$(TRACES)),.traces)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-limits bench-ledger bench-simulate faults judge clean
 
@@ -89,6 +93,10 @@ $(VENV)/.postgres: $(VENV)/.serve
 
 $(VENV)/.redis: $(VENV)/.serve
 	$(PIP) -e ".[$(BASE),redis]"
+	@touch $@
+
+$(VENV)/.traces: $(VENV)/.serve
+	$(PIP) -e ".[$(BASE),traces]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.qwen3

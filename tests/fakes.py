@@ -53,6 +53,9 @@ class FakeBackend:
     def stats(self) -> Mapping[str, ModelStats]:
         return self.engines
 
+    def breakers(self) -> Mapping[str, str]:
+        return {}
+
     async def speak(
         self, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]
     ) -> AsyncGenerator[AudioChunk, None]:

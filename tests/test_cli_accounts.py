@@ -18,7 +18,7 @@ from api.src.cli import main
 from tests.api.wire import speak
 from tests.conftest import Server
 from tests.fakes import FakeBackend
-from tests.stores.conftest import postgres, store  # noqa: F401 (fixtures)
+from tests.stores.conftest import postgres, redis, redis_server, store  # noqa: F401 (fixtures)
 from tests.stores.ledgers import LedgerStore
 
 ROOT = Path(__file__).parents[1]

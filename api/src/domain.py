@@ -118,7 +118,8 @@ class SpeechRequest:
     gets a native model id, and the language as its English name in lower case or "auto". `backend`, empty until then,
     is the name of the one that speaks. `user` is the end user for whom the account asks, empty for none. `store` false
     means: neither read from the cache nor write to it.
-    `idempotency_key` and `body_digest` tell a repeat from a new request that reuses the key by mistake.
+    `idempotency_key` and `body_digest` tell a repeat from a new request that reuses the key by mistake; under
+    `older_digests` the same body may have been known before.
     """
 
     id: str
@@ -134,6 +135,7 @@ class SpeechRequest:
     store: bool = True
     idempotency_key: str | None = None
     body_digest: str = ""
+    older_digests: tuple[str, ...] = ()
     backend: str = ""
     user: str = ""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +21,9 @@ from .backends.embedded import EmbeddedBackend
 from .backends.remote import RemoteBackend
 from .backends.remote_client import Remote
 from .domain import Bounds
-from .observe import Metrics, configure_logging
+from .errors import NotReady
+from .logs import configure_logging
+from .observe import LEVELS, LogLevels, Metrics, Tracer
 from .routers import accounts, billing, openai_compatible, system
 from .routers.failures import AccountBreakers
 from .routers.guards import HttpPolicy
@@ -39,6 +42,7 @@ from .speech.threads import Threads
 from .stores.accounts import Accounts
 from .stores.cache import SpeechCache
 from .stores.cache_choice import cache_at
+from .stores.digests import BodyDigests
 from .stores.ledger import Ledger
 from .stores.ledger_choice import behind_redis, ledger_at
 from .stores.limits_choice import limiter_at
@@ -83,18 +87,21 @@ class _App(FastAPI):
 def create_app(settings: Settings | None = None, *, backend: Backend | None = None) -> FastAPI:
     """The whole server. `backend` replaces the one that the settings name."""
     settings = settings or Settings()
-    configure_logging(settings.log_level)
+    lines = configure_logging(settings.log_level)
     metrics = Metrics()
+    tracer = _build_tracer() if settings.traces else None
     app = _App(
         title="Qwen3-TTS server",
         version=version("qwen3-tts-server"),
         description="OpenAI-compatible text-to-speech.",
         lifespan=_lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # else looked up anew at each request
-        middleware=_middleware(settings, metrics),
+        middleware=_middleware(settings, metrics, tracer),
         exception_handlers=EXCEPTION_HANDLERS,
     )
+    app.state.log_lines = lines
     app.state.metrics = metrics
+    app.state.tracer = tracer
     app.state.http_policy = _http_policy(settings)
     app.state.account_breakers = AccountBreakers(settings.account_failures, metrics)
     speaker = Speaker(backend, "It was given.", EMBEDDED_AT_ONCE) if backend else build_speaker(settings)
@@ -160,7 +167,8 @@ def _build_remote(settings: Settings) -> RemoteBackend:
 
 def build_ledger(settings: Settings) -> Ledger:
     """The ledger behind `settings.ledger_url`, not started yet."""
-    return ledger_at(settings.ledger_url.get_secret_value(), lease_s=settings.hold_lease_s)
+    with _in_a_sentence():
+        return ledger_at(settings.ledger_url.get_secret_value(), lease_s=settings.hold_lease_s)
 
 
 def build_write_behind(settings: Settings, metrics: Metrics) -> Ledger:
@@ -183,7 +191,17 @@ def build_write_behind(settings: Settings, metrics: Metrics) -> Ledger:
 
 def build_accounts(settings: Settings) -> Accounts:
     """Accounts and keys, which are where the ledger is; it is the ledger that makes their tables."""
-    return Accounts(settings.ledger_url.get_secret_value())
+    with _in_a_sentence():
+        return Accounts(settings.ledger_url.get_secret_value())
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    """What is wrong with a URL in the settings, of which nothing is quoted."""
+    try:
+        yield
+    except ValueError as error:
+        raise NotReady(str(error)) from None
 
 
 def build_cache(settings: Settings) -> SpeechCache:
@@ -241,12 +259,23 @@ def _http_policy(settings: Settings) -> HttpPolicy:
         refresh_s=settings.accounts_refresh_s,
         user_header=settings.user_header,
     )
-    return HttpPolicy(access, settings.max_body_bytes, settings.stall_timeout_s)
+    digests = BodyDigests([key.get_secret_value() for key in settings.encryption_key])
+    return HttpPolicy(access, settings.max_body_bytes, settings.stall_timeout_s, digests.of)
 
 
-def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+def _build_tracer() -> Tracer:
+    """Raises NotReady where OpenTelemetry is not installed."""
+    try:
+        from .traces import OtelTracer  # an extra
+    except ImportError as error:
+        raise NotReady("Traces need OpenTelemetry: pip install 'qwen3-tts-server[traces]'.") from error
+    return OtelTracer(version("qwen3-tts-server"))
+
+
+def _middleware(settings: Settings, metrics: Metrics, tracer: Tracer | None) -> list[Middleware]:
+    record = Middleware(RequestRecord, metrics=metrics, levels=_levels(settings), tracer=tracer)
     # The slashes first: what a later one replaces in the scope, the record would not see.
-    stack = [Middleware(CollapseSlashes), Middleware(RequestRecord, metrics=metrics)]
+    stack = [Middleware(CollapseSlashes), record]
     if settings.cors_origins:
         stack.append(
             Middleware(
@@ -260,14 +289,20 @@ def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
     return stack
 
 
+def _levels(settings: Settings) -> LogLevels:
+    return LogLevels(LEVELS[settings.log_level], {name: LEVELS[level] for name, level in settings.log_levels.items()})
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Qwen3TTSService = app.state.tts_service
-    await service.start()
-    with drain_on_signal(service.drain):
-        yield
     policy: HttpPolicy = app.state.http_policy
-    try:
-        await service.close()
-    finally:
-        await policy.access.close()
+    async with AsyncExitStack() as stack:
+        stack.enter_context(app.state.log_lines.queued())
+        if app.state.tracer is not None:
+            stack.push_async_callback(asyncio.to_thread, app.state.tracer.close)
+        stack.push_async_callback(policy.access.close)
+        stack.push_async_callback(service.close)
+        await service.start()
+        with drain_on_signal(service.drain):
+            yield

@@ -19,6 +19,8 @@ REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 CommaSeparated = Annotated[list[str], NoDecode]
 Pairs = Annotated[dict[str, str], NoDecode]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Levels = Annotated[dict[str, LogLevel], NoDecode]
 SecretPairs = Annotated[list[tuple[str, SecretStr]], NoDecode]
 Secrets = Annotated[list[SecretStr], NoDecode]
 Backends = Annotated[list[Literal["auto", "embedded", "qwen3", "remote"]], NoDecode]
@@ -37,7 +39,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     cors_origins: CommaSeparated = []
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
+    log_levels: Levels = {}
+    traces: bool = False
 
     # --- what speaks ---
     backend: Backends = Field(default=["auto"], min_length=1)
@@ -122,9 +126,9 @@ class Settings(BaseSettings):
             raise ValueError("each key has at least 16 characters (commas separate keys)")
         return value
 
-    @field_validator("model_aliases", mode="before")
+    @field_validator("model_aliases", "log_levels", mode="before")
     @classmethod
-    def _split_aliases(cls, value: object) -> object:
+    def _split_mapping(cls, value: object) -> object:
         return dict(_pairs(value)) if isinstance(value, str) else value
 
     @field_validator("backend")
@@ -137,9 +141,7 @@ class Settings(BaseSettings):
     @field_validator("remote_url")
     @classmethod
     def _plain_url(cls, value: str | None) -> str | None:
-        parts = urlsplit(value or "")
-        extra = parts.query or parts.fragment or "@" in parts.netloc
-        if value is not None and (parts.scheme not in ("http", "https") or not parts.hostname or extra):
+        if value is not None and not _is_plain_url(value):
             raise ValueError("must be an http or https URL without a user, a query or a fragment")
         return value
 
@@ -177,6 +179,16 @@ class Settings(BaseSettings):
         if not value.get_secret_value().startswith(SCHEMES):
             raise ValueError(f"must begin with one of {', '.join(SCHEMES)}")
         return value
+
+
+def _is_plain_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    # Whatever is before an @ may be a password, which would stand in logs.
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and has_port and not set("@?#") & set(text)
 
 
 def _items(text: str) -> list[str]:

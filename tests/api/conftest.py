@@ -31,6 +31,12 @@ def stderr_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[StderrLines]:
     monkeypatch.setattr(sys, "stderr", stderr)
     for client in ("httpx", "httpcore"):  # the tests' own, which log what they ask for
         monkeypatch.setattr(logging.getLogger(client), "disabled", True)
-    yield lambda: stderr.getvalue().split("\n")[:-1]
+
+    def lines() -> list[str]:
+        for handler in logging.root.handlers:
+            handler.flush()
+        return stderr.getvalue().split("\n")[:-1]
+
+    yield lines
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)

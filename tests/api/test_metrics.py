@@ -139,6 +139,80 @@ def test_what_never_sounds_is_not_observed(server: Server) -> None:
     assert first_sounds(server) == {}
 
 
+def counted(server: Server, name: str, *labels: str) -> tuple[float, float]:
+    """Of a histogram: how many, and their sum."""
+    found = samples(server, name)
+    return found.get((f"{name}_count", *labels), 0.0), found.get((f"{name}_sum", *labels), 0.0)
+
+
+def test_whole_answers_are_timed_to_their_end(server: Server) -> None:
+    speak(server.client, PARTS[0] + PARTS[1])
+    speak(server.client, PARTS[0] + PARTS[1])
+    with pytest.raises(httpx.RemoteProtocolError):
+        speak(server.client, FAILS_LATE)
+    with RawClient(server.url) as client:
+        client.speak(seed=1)
+        client.read_sound(1)
+    server.wait_idle()
+    count, seconds = counted(server, "tts_speech_seconds", "miss")
+    assert count == 1, "neither what failed nor what was left"
+    assert seconds >= 2 * DELAY_S
+    assert counted(server, "tts_speech_seconds", "hit")[0] == 1
+    assert counted(server, "tts_speech_seconds", "hit")[1] < DELAY_S
+
+
+def test_a_run_is_compared_with_its_sound(server: Server) -> None:
+    speak(server.client, PARTS[0] + PARTS[1])
+    speak(server.client, "This will FAIL.")
+    server.wait_idle()
+    count, ratio = counted(server, "tts_real_time_factor")
+    assert count == 1
+    assert 2 * DELAY_S / 0.8 <= ratio < 1.5, "0.8 s of sound took two delays"
+
+
+def test_a_slow_listener_does_not_make_a_run_look_slow(start_server: Callable[..., Server]) -> None:
+    server = start_server(FakeBackend(seconds_per_segment=60.0), stall_timeout_s=20)
+    began = time.monotonic()
+    with RawClient(server.url) as client:
+        client.speak("Cache-Control: no-store", response_format="pcm")
+        client.read_sound(1)
+        time.sleep(2)
+        while not client.received.endswith(b"0\r\n\r\n"):
+            client.received += client.socket.recv(1 << 20)
+    elapsed = time.monotonic() - began
+    server.wait_idle()
+    count, ratio = counted(server, "tts_real_time_factor")
+    assert count == 1
+    assert ratio * len(PARTS) * 60.0 < elapsed - 1.5
+
+
+def test_the_wait_for_a_permit_is_seen(start_server: Callable[..., Server]) -> None:
+    server = start_server(FakeBackend(delay_s=DELAY_S), max_concurrent=1)
+    threads = [threading.Thread(target=speak, args=(server.client, part)) for part in PARTS[:3]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    count, seconds = counted(server, "tts_queue_wait_seconds")
+    assert count == 3
+    assert 3 * DELAY_S * 0.8 < seconds < 6 * DELAY_S + 1, "none, one run and two runs"
+
+
+def test_ready_and_lost_lines(server: Server) -> None:
+    assert samples(server, "tts_ready") == {("tts_ready",): 1.0}
+    assert samples(server, "tts_log_lines_dropped") == {("tts_log_lines_dropped_total",): 0.0}
+    server.loop.call_soon_threadsafe(server.service.begin_drain)
+    until(lambda: samples(server, "tts_ready") == {("tts_ready",): 0.0})
+
+
+def test_each_breaker_is_in_one_state(server: Server, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert samples(server, "tts_breaker") == {}
+    monkeypatch.setattr(backend, "breakers", lambda: {"remote": "half_open"})
+    name = "tts_breaker_state"
+    states = {(name, "remote", "closed"): 0.0, (name, "remote", "half_open"): 1.0, (name, "remote", "open"): 0.0}
+    assert samples(server, "tts_breaker") == states
+
+
 # --- the log ---
 
 
@@ -166,7 +240,7 @@ class TestLog:
         answer = speak(server.client, PARTS[0] + PARTS[1], headers, speed=2.0, voice="NOVA", model="TTS-1")
         record = self.line(stderr_lines, answer)
         assert set(record) == {
-            *("time", "level", "logger", "request_id", "message", "route", "status", "ms"),
+            *("time", "level", "logger", "request_id", "message", "route", "status", "ms", "account"),
             *("model", "cache", "first_sound_ms", "audio_ms", "frames"),
         }
         assert (record["model"], record["cache"]) == ("fake-1", "bypass" if headers else "miss")

@@ -329,6 +329,7 @@ def test_a_chain_falls_through_before_the_first_byte_of_a_request_and_never_with
 ) -> None:
     far, fake = remote(upstream.url, failures=1, retries=0), FakeBackend(name="own")
     server = start_server(Chain([far, fake]))
+    wait_until(lambda: server.client.get("/ready").json()["phase"] == "ready")  # the other is so from the beginning
     upstream.asked.clear()
     upstream.speech = [whole(TONE)]
     first = speak(server.client, "First.", response_format="pcm")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 import pytest
 
+from api.src.domain import Segment, Voice
+from api.src.errors import SynthesisFailed
+from api.src.observe import detail
 from tests.api.stderr import StderrLines, accesses, records, until
 from tests.api.wire import FAILS_LATE, PARTS, RawClient, speak
 from tests.conftest import Server
@@ -115,3 +122,100 @@ def test_what_is_not_http_is_not_quoted(server: Server, stderr_lines: StderrLine
     lines = stderr_lines()
     assert records(lines)
     assert not [line for line in lines if MARK in line]
+
+
+# --- what a request holds until it fails ---
+
+
+def held(lines: list[str]) -> list[dict[str, Any]]:
+    return [record for record in records(lines) if record.get("held")]
+
+
+def test_a_failure_brings_out_what_led_to_it(server: Server, stderr_lines: StderrLines) -> None:
+    alice = {"Authorization": "Bearer alices-key"}
+    good = [speak(server.client, headers=alice), speak(server.client, headers=alice)]
+    assert [answer.headers["x-cache"] for answer in good] == ["miss", "hit"]
+    server.wait_idle()
+    assert held(stderr_lines()) == []
+    answer = speak(server.client, "It will FAIL.", alice)
+    assert answer.status_code == 500
+    server.wait_idle()
+    until(lambda: held(stderr_lines()) != [])
+    found = held(stderr_lines())
+    assert {record["request_id"] for record in found} == {answer.headers["x-request-id"]}
+    told = [record["message"] for record in found]
+    assert told[:4] == ["source found", "price held", "permit granted", "recording opened"]
+    assert {record["level"] for record in found} == {"debug"}
+
+
+class GivesUp(FakeBackend):
+    """Ends its second segment with an error of ours, which nobody logs as one."""
+
+    def sound(self, segment: Segment, voice: Voice, seed: int) -> np.ndarray:
+        if segment.start:
+            raise SynthesisFailed("It cannot go on.")
+        return super().sound(segment, voice, seed)
+
+
+@pytest.fixture
+def tired(stderr_lines: StderrLines, start_server: Callable[..., Server]) -> Server:
+    return start_server(GivesUp(delay_s=0.05), log_level="info")
+
+
+@pytest.mark.parametrize("stream_format", ["audio", "sse"])
+def test_so_does_a_failure_after_the_first_byte(tired: Server, stderr_lines: StderrLines, stream_format: str) -> None:
+    with suppress(httpx.RemoteProtocolError):
+        assert "error" in speak(tired.client, PARTS[0] + PARTS[1], stream_format=stream_format).text
+    tired.wait_idle()
+    until(lambda: "left" in [record["message"] for record in held(stderr_lines())])
+    assert accesses(stderr_lines())[-1]["status"] == 200
+    sounded = [record for record in held(stderr_lines()) if record["message"] == "a segment sounds"]
+    assert [record["start"] for record in sounded] == [0]
+    assert not [line for line in stderr_lines() if PARTS[0][:20] in line]
+
+
+def test_a_refusal_or_a_hang_up_is_no_failure(server: Server, stderr_lines: StderrLines) -> None:
+    alice = {"Authorization": "Bearer alices-key"}
+    assert speak(server.client, voice="nobody", headers=alice).status_code == 400
+    with RawClient(server.url) as client:
+        client.speak("Authorization: Bearer alices-key", response_format="pcm")
+        client.read_sound(1)
+    server.wait_idle()
+    until(lambda: len(accesses(stderr_lines())) >= 3)
+    assert held(stderr_lines()) == []
+
+
+@pytest.fixture
+def levelled(stderr_lines: StderrLines, start_server: Callable[..., Server]) -> Server:
+    keys = [(name, f"{name}-key") for name in ("loud", "quiet", "usual")]
+    levels = {"loud": "debug", "quiet": "warning"}
+    return start_server(FakeBackend(), log_level="info", api_keys=keys, log_levels=levels)
+
+
+def test_each_account_has_its_level(levelled: Server, stderr_lines: StderrLines) -> None:
+    for name in ("loud", "quiet", "usual"):
+        assert speak(levelled.client, headers={"Authorization": f"Bearer {name}-key"}).status_code == 200
+    levelled.wait_idle()
+    until(lambda: len([line for line in accesses(stderr_lines()) if "account" in line]) == 2)
+    lines = records(stderr_lines())
+    assert {record["account"] for record in lines if "account" in record} == {"loud", "usual"}
+    by_level = {record["request_id"] for record in lines if record["level"] == "debug"}
+    assert by_level == {record["request_id"] for record in accesses(stderr_lines()) if record.get("account") == "loud"}
+    assert "held" not in {name for record in lines for name in record}
+
+
+def test_an_unexpected_exception_has_its_requests_id(
+    server: Server, stderr_lines: StderrLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        detail(logging.getLogger("api.test"), "before it broke")
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(type(server.service.catalogue), "voices", broken)
+    answer = server.client.get("/v1/audio/voices")
+    assert answer.status_code == 500
+    until(lambda: any("exception" in record for record in records(stderr_lines())))
+    (line,) = [record for record in records(stderr_lines()) if "exception" in record]
+    (access,) = [record for record in accesses(stderr_lines()) if record["status"] == 500]
+    assert line["request_id"] == access["request_id"] != "-"
+    assert [record["message"] for record in held(stderr_lines())] == ["before it broke"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
+from api.src import patience
+from api.src.backends import chain as chain_module
 from api.src.backends.chain import Chain
 from api.src.domain import AudioChunk, Model, ModelStats, Segment, SpeechRequest, Voice
 from api.src.errors import InvalidRequest, NotReady
 from api.src.speech.catalogue import OPENAI_MODELS, Catalogue
 from tests.fakes import FakeBackend
-from tests.speech.asking import StartService, collect, speech_request
+from tests.speech.asking import StartService, collect, eventually, speech_request
 from tests.speech.conftest import start_service
 
 __all__ = ["start_service"]
@@ -118,12 +121,33 @@ async def test_it_starts_if_one_does(chain: Chain, first: Member, second: Member
     first.starts, second.ready = False, False
     await chain.start()
     assert second.ready
-    second.starts = False
-    with pytest.raises(NotReady, match="first: still loading"):
-        await chain.start()
-    first.ready = second.ready = True
     await chain.stop()
     assert (first.ready, second.ready) == (False, False)
+    nobody = Chain([first, second])
+    second.starts = False
+    for _ in range(2):
+        with pytest.raises(NotReady, match="first: still loading"):
+            await nobody.start()
+    second.starts = True
+    await nobody.start()
+    assert second.ready
+    await nobody.stop()
+
+
+async def test_who_did_not_start_is_tried_again(
+    chain: Chain, first: Member, second: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+    first.starts, first.ready = False, False
+    await chain.start()
+    assert chain.readiness().phase == "degraded"
+    await asyncio.sleep(0.05)
+    first.starts = True
+    await eventually(lambda: chain.readiness().phase == "ready")
+    assert who(chain) == "first"
+    await chain.stop()
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
 
 
 def test_two_of_one_name_are_refused(first: Member) -> None:

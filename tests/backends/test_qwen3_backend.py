@@ -279,6 +279,25 @@ async def test_what_cannot_be_loaded_says_why(kind: str, tmp_path: Path) -> None
     await backend.stop()
 
 
+async def test_a_start_that_failed_leaves_nothing_in_the_way_of_the_next(tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    shutil.copytree(tiny("voice_design"), late)
+    weights = late / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    backend = Qwen3TTSBackend(models=[str(tiny("custom_voice")), str(late)], slots=2)
+    for _ in range(2):
+        with pytest.raises(NotReady, match="truncated"):
+            await backend.start()
+        assert backend.models == []
+        assert not [thread for thread in threading.enumerate() if thread.name == "engine"], "its memory is free again"
+    weights.write_bytes(whole)
+    await backend.start()
+    assert backend.readiness().ready
+    assert len(backend.models) == 2
+    await backend.stop()
+
+
 def test_the_budget_grows_with_what_is_long_to_say() -> None:
     assert frame_budget("Yes.") == 60
     assert frame_budget("a" * 250) < 1024 - 250

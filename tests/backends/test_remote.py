@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from api.src.backends import remote as remote_module
 from api.src.backends import remote_client
+from api.src.backends.chain import Chain
 from api.src.backends.remote import RemoteBackend
 from api.src.backends.remote_client import Remote
 from api.src.backends.remote_faults import retry_after
@@ -446,6 +447,7 @@ async def test_our_key_and_our_quota_are_not_the_client_s(
     assert SECRET not in error.message
     assert len(upstream.spoken) == 1
     assert backend.breaker.state == "open"
+    assert Chain([backend]).breakers() == {"remote": "open"}
 
 
 @pytest.mark.parametrize(
@@ -601,6 +603,10 @@ async def test_lists_that_cannot_be_had_are_asked_for_until_they_can(
         assert (backend.readiness().ready, backend.readiness().phase) == (False, "connecting")
         assert "remote server" in backend.readiness().reason
         assert SECRET not in backend.readiness().reason
+        with pytest.raises(NotReady):
+            await backend.start()
+        looking = [task for task in asyncio.all_tasks() if task.get_name() == "remote lists"]
+        assert len(looking) == 1, "a second start takes nothing more"
         upstream.models = document({"data": [{"id": "tts-1"}]})
         await eventually(lambda: backend.readiness().ready)
     finally:

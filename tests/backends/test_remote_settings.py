@@ -79,6 +79,8 @@ def test_the_base_url_is_written_as_for_openai_s_clients(url: str, base: str) ->
         {"remote_url": "https://user:sk-planted@speech.example"},
         {"remote_url": "https://speech.example?key=sk-planted"},
         {"remote_url": "https://"},
+        {"remote_url": "http://user:80/sk-planted@speech.example"},
+        {"remote_url": "http://user:sk-planted/v1"},
         {"remote_api_key": "sk-planted\nX-Evil: 1"},
         {"remote_api_key": "sk-plantéd"},
         {"remote_sample_rate": "100"},

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from api.src.domain import SpeechRequest
 from api.src.errors import HoldLost, InsufficientBalance
+from api.src.logs import configure_logging
 from api.src.main import build_service
-from api.src.observe import Metrics, configure_logging
+from api.src.observe import Metrics
 from api.src.settings import Settings
 from api.src.speech.service import Qwen3TTSService
 from api.src.stores.ledger_check import broken_laws
@@ -167,6 +168,7 @@ async def settle_up(folder: Path, seen: Counter[str]) -> list[str]:
     service = build_service(settings(folder), TextualBackend(), Metrics())
     killed_at = time.monotonic()
     await service.start()
+    await service.wait_ready()
     await eventually(lambda: not holds(folder, "open"), 20)
     waited = time.monotonic() - killed_at
     wrong = await service.ledger.check() + [f"left: {name}" for name in temp_files(folder)]
@@ -199,6 +201,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
 async def fill_wallet(folder: Path) -> None:
     service = build_service(settings(folder), TextualBackend(), Metrics())
     await service.start()
+    await service.wait_ready()
     await service.ledger.credit(ACCOUNT, 20 * PRICE_PER_TEXT, "start")
     await service.close()
 

@@ -498,6 +498,32 @@ async def test_a_database_of_a_newer_version_is_refused(ledger: Ledger, store: L
         await newer.balance("ann")
 
 
+@pytest.mark.parametrize("trouble", ["schema", "table"])
+async def test_a_ledger_that_did_not_start_may_be_started_again(ledger: Ledger, store: LedgerStore, trouble: str):
+    known = store.schema()
+    again = store.ledger()
+    for _ in range(2):
+        if trouble == "schema":
+            store.pretend_schema(9999)
+        else:  # the file can be opened; only the first upkeep fails
+            store.query("ALTER TABLE owners RENAME TO put_away")
+        with pytest.raises((RuntimeError, Unavailable)):
+            await again.start()
+        with pytest.raises(Unavailable):
+            await again.balance("ann")
+        if trouble == "schema":
+            store.pretend_schema(known)
+        else:
+            store.query("ALTER TABLE put_away RENAME TO owners")
+    await again.start()
+    assert await again.credit("ann", 100, "late") == 100
+    async with again.hold("ann", "req_1", 60) as hold:
+        await hold.settle(event(hold, 50))
+    assert await again.balance("ann") == 50
+    assert await again.check() == []
+    await again.close()
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [

@@ -11,7 +11,8 @@ from ..domain import AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRe
 class Backend(Protocol):
     """Something that can speak.
 
-    `start` returns once the backend has spoken a first real sound; until then `readiness` says the phase.
+    `start` returns once the backend has spoken a first real sound; until then `readiness` says the phase. It may be
+    called again after it has failed.
     `models` is meaningful after `start`. A request comes with every name resolved to what `models` said.
     """
 
@@ -48,4 +49,8 @@ class Backend(Protocol):
 
         Cheap, and right at any time: a model that was unloaded stays here with the counts of all its engines.
         """
+        ...
+
+    def breakers(self) -> Mapping[str, str]:
+        """The states of its circuit breakers (closed, half_open, open), by what they guard; empty where it has none."""
         ...

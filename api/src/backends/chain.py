@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
 from ..errors import NotReady
+from ..patience import FIRST_PAUSE_S, until_it_works
 from .base import Backend
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ class Chain:
         if len(self._members) < len(members):
             raise ValueError("the members of a chain need names of their own")
         self.name = ",".join(self._members)
+        self._started: set[str] = set()
+        self._retrying: list[asyncio.Task[None]] = []
 
     @property
     def models(self) -> Sequence[Model]:
@@ -44,12 +47,21 @@ class Chain:
         return Readiness(False, next(iter(each.values())).phase, reason)
 
     async def start(self) -> None:
-        """Start all at once; raises NotReady if none can speak then."""
-        results = await asyncio.gather(*map(_start, self._members.values()))
-        if not any(results):
+        """Start all at once. Those that fail are tried again in the background; raises NotReady if none can speak."""
+        waiting = [member for name, member in self._members.items() if name not in self._started]
+        await asyncio.gather(*map(self._start, waiting))
+        if not self._started:
             raise NotReady(self.readiness().reason)
+        self._retrying = [
+            asyncio.create_task(self._keep_starting(member), name=f"start {name}")
+            for name, member in self._members.items()
+            if name not in self._started
+        ]
 
     async def stop(self) -> None:
+        for task in self._retrying:
+            task.cancel()
+        await asyncio.gather(*self._retrying, return_exceptions=True)
         await asyncio.gather(*(member.stop() for member in self._members.values()))
 
     async def speak(
@@ -66,17 +78,30 @@ class Chain:
     def stats(self) -> Mapping[str, ModelStats]:
         return {id: stats for member in self._members.values() for id, stats in member.stats().items()}
 
+    def breakers(self) -> Mapping[str, str]:
+        return {name: state for member in self._members.values() for name, state in member.breakers().items()}
+
     def _ready(self) -> list[Backend]:
         return [member for member in self._members.values() if member.readiness().ready]
 
+    async def _start(self, member: Backend) -> None:
+        try:
+            await member.start()
+        except Exception as error:  # the others speak all the same
+            _log_failure(member, error)
+        else:
+            self._started.add(member.name)
 
-async def _start(member: Backend) -> bool:
-    try:
-        await member.start()
-    except NotReady as error:
+    async def _keep_starting(self, member: Backend) -> None:
+        # The first failure was just now.
+        await asyncio.sleep(FIRST_PAUSE_S)
+        await until_it_works(member.start, failed=lambda error, _: _log_failure(member, error))
+        self._started.add(member.name)
+        logger.info("the %s backend has started after all", member.name)
+
+
+def _log_failure(member: Backend, error: Exception) -> None:
+    if isinstance(error, NotReady):
         logger.warning("the %s backend does not start: %s", member.name, error.message)
-    except Exception:  # the others speak all the same
-        logger.exception("the %s backend does not start", member.name)
     else:
-        return True
-    return False
+        logger.error("the %s backend does not start", member.name, exc_info=error)

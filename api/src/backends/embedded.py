@@ -142,6 +142,7 @@ class EmbeddedBackend:
         if not installed:
             raise self._failed("No engine is installed: install the extra 'pico' or 'piper' (make setup does).")
         self._phase = Readiness(False, "loading")
+        await self._end_pools()  # of a start that broke off
         started = await asyncio.gather(*map(self._start_engine, installed))
         engines = [name for name, works in zip(installed, started, strict=True) if works]
         if not engines:
@@ -153,12 +154,15 @@ class EmbeddedBackend:
     async def stop(self) -> None:
         """End all worker processes; running `speak` calls raise ShuttingDown."""
         self._phase = Readiness(False, "stopped")
-        await asyncio.gather(*(pool.stop() for pool in self._pools.values()))
+        await self._end_pools()
 
     def text_tokens(self, request: SpeechRequest) -> int | None:
         return None
 
     def stats(self) -> Mapping[str, ModelStats]:
+        return {}
+
+    def breakers(self) -> Mapping[str, str]:
         return {}
 
     async def speak(
@@ -218,6 +222,9 @@ class EmbeddedBackend:
             await pool.stop()
             return False
         return True
+
+    async def _end_pools(self) -> None:
+        await asyncio.gather(*(pool.stop() for pool in self._pools.values()))
 
     def _failed(self, reason: str) -> NotReady:
         self._phase = Readiness(False, "failed", reason)

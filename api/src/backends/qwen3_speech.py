@@ -21,6 +21,7 @@ from ..engine.loading import SpeechModel
 from ..engine.messages import Delivery, EngineStopped, FinishReason, Request
 from ..engine.prompt import Prompt, Reference
 from ..errors import InvalidRequest, ShuttingDown, SynthesisFailed
+from ..observe import detail
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ async def speak(
             following = asyncio.create_task(utterances.begin())
             while (chunk := await utterance.chunk()) is not None:
                 yield chunk
+            detail(logger, "a segment ended", start=utterance.segment.start, finish_reason=utterance.reason)
             if utterance.reason == "length":
                 logger.warning("a segment of %d characters has used up its frames", len(utterance.segment.text))
     finally:
@@ -138,6 +140,7 @@ class Utterances:
         # Not anext(): a StopAsyncIteration cannot leave a task.
         async for segment in self._segments:
             utterance = Utterance(self._model, await self._asked(segment), segment)
+            detail(logger, "a segment goes to the engine", start=segment.start, end=segment.end)
             self._begun.append(utterance)
             return utterance
         return None

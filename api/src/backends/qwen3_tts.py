@@ -65,20 +65,24 @@ class Qwen3TTSBackend:
         """By native model id."""
         return {id: model.stats() for id, model in self._models.items()}
 
+    def breakers(self) -> Mapping[str, str]:
+        return {}
+
     async def start(self) -> None:
         """Fetch and load every checkpoint, and speak once with each; raises NotReady when one cannot be used."""
         try:
             await self._start()
-        except NotReady as error:
-            self._phase = Readiness(False, "failed", error.message)
+        except Exception as error:
+            reason = error.message if isinstance(error, NotReady) else "It cannot be started. See the log."
+            self._phase = Readiness(False, "failed", reason)
+            await self._unload()  # the memory of what was loaded already, which another try needs
             raise
         self._phase = Readiness(True, "ready")
 
     async def stop(self) -> None:
         """End the engines' threads; running `speak` calls raise ShuttingDown."""
         self._phase = Readiness(False, "stopped")
-        await asyncio.gather(*(model.unload() for model in self._models.values()))
-        self._models, self._tokenizer = {}, None
+        await self._unload()
 
     def text_tokens(self, request: SpeechRequest) -> int | None:
         return len(self._tokenizer.ids(request.text)) if self._tokenizer else None
@@ -112,6 +116,10 @@ class Qwen3TTSBackend:
             self._phase = Readiness(False, "loading", model.served.id)
             async with model.borrow() as loaded:
                 self._tokenizer = self._tokenizer or loaded.tokenizer  # all have the same vocabulary
+
+    async def _unload(self) -> None:
+        await asyncio.gather(*(model.unload() for model in self._models.values()))
+        self._models, self._tokenizer = {}, None
 
     async def _open(self, name: str, codecs: Codecs) -> Qwen3Model:
         """The checkpoint behind a name, downloaded if need be, not loaded yet."""

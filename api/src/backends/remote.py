@@ -79,9 +79,12 @@ class RemoteBackend:
 
     async def start(self) -> None:
         """Ask for the lists; raises NotReady if they cannot be had, and goes on trying in the background."""
-        self._client.open()
-        await self._look()
-        self._looking = asyncio.create_task(self._keep_looking(), name="remote lists")
+        if self._looking is None:
+            self._client.open()
+            await self._look()
+            self._looking = asyncio.create_task(self._keep_looking(), name="remote lists")
+        elif self._fault is not None:
+            await self._look()
         if self._fault is not None:
             raise NotReady(self._fault.error.message)
 
@@ -100,6 +103,9 @@ class RemoteBackend:
 
     def stats(self) -> Mapping[str, ModelStats]:
         return {}
+
+    def breakers(self) -> Mapping[str, str]:
+        return {self.name: self._breaker.state}
 
     async def speak(
         self, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import random
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
@@ -21,6 +22,7 @@ import httpx
 from ..breaker import Breaker, BreakerOpen
 from ..domain import AudioChunk, Segment
 from ..errors import SpeechError, UpstreamUnavailable
+from ..observe import detail
 from . import remote_faults
 from .remote_faults import Fault
 from .remote_sound import Sound
@@ -145,6 +147,8 @@ class Client:
     async def _answer(
         self, body: Mapping[str, Any], headers: Mapping[str, str], segment: Segment
     ) -> AsyncGenerator[AudioChunk, None]:
+        began = time.perf_counter()
+        detail(logger, "asking the remote server", start=segment.start, end=segment.end, breaker=self.breaker.state)
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(self._remote.first_byte_s):
@@ -154,6 +158,7 @@ class Client:
                     sound = Sound(answer.headers, self._remote.sample_rate, segment)
                     parts = await stack.enter_async_context(aclosing(_parts(answer)))
                     first = await anext(parts, b"")
+                    detail(logger, "the remote server began to answer", ms=_ms_since(began))
             except TimeoutError:
                 raise remote_faults.timed_out() from None
             if (chunk := sound.take(first)) is not None:
@@ -162,6 +167,7 @@ class Client:
                 if (chunk := sound.take(data)) is not None:
                     yield chunk
             sound.finish()
+            detail(logger, "the remote server's answer is whole", ms=_ms_since(began))
 
     @asynccontextmanager
     async def _asked(self, method: str, path: str, **request: Any) -> AsyncIterator[httpx.Response]:
@@ -205,6 +211,10 @@ async def _read(answer: httpx.Response) -> bytes:
 def _kept_away(retry_after: float) -> SpeechError:
     message = "The remote server keeps failing, and is not asked for a while."
     return UpstreamUnavailable(message, retry_after=max(1, round(retry_after + 0.5)))
+
+
+def _ms_since(began: float) -> float:
+    return round((time.perf_counter() - began) * 1000, 1)
 
 
 def _backoff(tried: int) -> float:

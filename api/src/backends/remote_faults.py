@@ -6,12 +6,14 @@ passed on, and never the key that it was asked with.
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import json
 import math
 import time
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -141,11 +143,22 @@ def _error(body: bytes) -> dict[str, Any]:
 
 
 def _words(value: object, secret: str | None) -> str:
-    """Printable text of bounded length: it goes to our client, through JSON."""
-    if not isinstance(value, str):
+    """Printable text of bounded length: it goes to our client, through JSON. Nothing if our key is in it, disguised."""
+    if not isinstance(value, str) or (secret and any(spelling in value for spelling in _disguises(secret))):
         return ""
     text = value.replace(secret, "...") if secret else value
     return "".join(character if character.isprintable() else " " for character in text).strip()[:MAX_MESSAGE]
+
+
+def _disguises(secret: str) -> set[str]:
+    """What the secret can be read from, but for itself; of one too short for that to be told from other words, none."""
+    if len(secret) < 12:
+        return set()
+    found = {quote(secret), quote(secret, safe=""), secret.encode().hex()}
+    for before in range(3):  # base64 of it and of what stands before it, less the characters that both share
+        encoded = base64.b64encode(b"\0" * before + secret.encode())[before and 4 : -4].decode()
+        found |= {encoded, encoded.translate(str.maketrans("+/", "-_"))}
+    return found - {secret}
 
 
 def _whole(seconds: float) -> int:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import NotReady, ShuttingDown, SpeechError, SynthesisFailed
+from ..observe import detail
 from . import wire
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,8 @@ class WorkerPool:
         raise SynthesisFailed("The voice failed on this text.")
 
     async def _serve(self, worker: Worker, header: Mapping[str, object]) -> wire.Message:
+        began = time.monotonic()
+        detail(logger, "job given to a worker", pool=self.name, pid=worker.pid)
         try:
             async with asyncio.timeout(self._timeout_s):
                 answer = await worker.ask(header)
@@ -207,6 +210,7 @@ class WorkerPool:
             raise SynthesisFailed("Speaking this text took too long.") from None
         finally:
             self._release(worker)
+        detail(logger, "job answered", pid=worker.pid, ms=round((time.monotonic() - began) * 1000, 1))
         if "error" in answer.header:
             logger.warning("%s failed: %r", self.name, answer.header["error"])
             raise SynthesisFailed("The voice failed on this text.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from fastapi import Depends, Request
 
 from ..domain import Account
 from ..errors import NotReady, PayloadTooLarge, Unauthorized
+from ..observe import note_account
 from ..speech.access import Access
 from ..speech.service import Qwen3TTSService
 
@@ -20,6 +22,8 @@ class HttpPolicy:
     access: Access
     max_body_bytes: int
     stall_timeout_s: float
+    body_digests: Callable[[bytes], tuple[str, ...]]
+    """All digests that a body may be known by under its Idempotency-Key; the first is kept."""
 
 
 def http_policy(request: Request) -> HttpPolicy:
@@ -45,7 +49,9 @@ async def require_account(request: Request) -> Account:
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     access = http_policy(request).access
     bearer = key.strip() if scheme.lower() == "bearer" else None
-    return await access.account(bearer, request.headers.get(access.user_header))
+    account = await access.account(bearer, request.headers.get(access.user_header))
+    note_account(account)
+    return account
 
 
 async def require_admin(account: Annotated[Account, Depends(require_account)]) -> Account:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import re
 from typing import Any
 
@@ -166,12 +165,13 @@ async def _read_speech(request: Request, account: Account) -> tuple[OpenAISpeech
     breakers.watch(account, request.scope)
     raw = await read_body(request)
     body = parse_body(OpenAISpeechRequest, raw)
+    key = _idempotency_key(request)
     return body, body.to_request(
         id=request_id.get(),
         account=account.name,
         store="no-store" not in request.headers.get("cache-control", "").lower(),
-        idempotency_key=_idempotency_key(request),
-        body_digest=hashlib.sha256(raw).hexdigest(),
+        idempotency_key=key,
+        body_digests=http_policy(request).body_digests(raw) if key else (),
         user=account.user,
     )
 

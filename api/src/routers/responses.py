@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ..domain import MEDIA_TYPES, SpeechChunk
 from ..errors import InvalidRequest, Retryable, SpeechError
+from ..observe import note_failure
 from ..speech.listener import Listener
 from . import failures
 from .limit_headers import limit_headers
@@ -80,8 +81,10 @@ class SpeechResponse(Response):
             if not self._begun:
                 raise  # it can still be answered as a proper error
             failures.cut(scope, error)
-            level = logging.INFO if isinstance(error, ClientGone) else logging.WARNING
-            _log.log(level, "response cut: %s", type(error).__name__)
+            left = isinstance(error, ClientGone)
+            _log.log(logging.INFO if left else logging.WARNING, "response cut: %s", type(error).__name__)
+            if not left:
+                note_failure()
         finally:
             self._listener.close()
 
@@ -147,6 +150,7 @@ class SpeechEventResponse(SpeechResponse):
             yield _event({"type": "speech.audio.done", "usage": self._usage()}, is_last=True)
         except SpeechError as error:
             self._error = error
+            note_failure()
             yield _event({"type": "error", **error_body(error)}, is_last=True)
 
     def _usage(self) -> dict[str, int]:

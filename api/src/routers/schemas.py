@@ -77,7 +77,14 @@ class OpenAISpeechRequest(_RequestBody):
     )
 
     def to_request(
-        self, *, id: str, account: str, store: bool, idempotency_key: str | None, body_digest: str, user: str = ""
+        self,
+        *,
+        id: str,
+        account: str,
+        store: bool,
+        idempotency_key: str | None,
+        body_digests: tuple[str, ...],
+        user: str = "",
     ) -> SpeechRequest:
         """The same request, free of HTTP."""
         return SpeechRequest(
@@ -93,7 +100,8 @@ class OpenAISpeechRequest(_RequestBody):
             seed=self.seed,
             store=store,
             idempotency_key=idempotency_key,
-            body_digest=body_digest,
+            body_digest=body_digests[0] if body_digests else "",
+            older_digests=body_digests[1:],
             user=user,
         )
 

@@ -29,7 +29,7 @@ async def ready(request: Request, service: Service) -> JSONResponse:
     body |= _backend(request, service)
     if readiness.ready:
         return JSONResponse(body)
-    return JSONResponse(body, 503, {"Retry-After": "1"})
+    return JSONResponse(body, 503, {"Retry-After": str(service.retry_after)})
 
 
 @router.get("/version", responses={503: {"model": ErrorResponse}})
@@ -46,6 +46,9 @@ async def metrics(request: Request, service: Service) -> Response:
     shown.running.set(service.admission.running)
     shown.waiting.set(service.admission.waiting)
     shown.engines.stats = service.backend.stats()
+    shown.breakers.states = service.backend.breakers()
+    shown.ready.set(service.readiness().ready)
+    shown.lines_dropped.count = request.app.state.log_lines.dropped
     return Response(generate_latest(shown.registry), media_type=CONTENT_TYPE_LATEST)
 
 

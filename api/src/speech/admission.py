@@ -24,6 +24,7 @@ class Permit:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._entered_at = time.monotonic()
         self._started_at: float | None = None
 
     async def granted(self) -> None:
@@ -38,6 +39,11 @@ class Permit:
     def running_seconds(self) -> float | None:
         """How long this permit has run; None while it waits."""
         return None if self._started_at is None else time.monotonic() - self._started_at
+
+    @property
+    def waited_seconds(self) -> float | None:
+        """How long this permit waited to run; None while it waits."""
+        return None if self._started_at is None else self._started_at - self._entered_at
 
     def __enter__(self) -> Permit:
         return self

@@ -1,4 +1,4 @@
-"""What a listener listens to: a run of the backend, or a finished cache entry.
+"""A run of the backend, which listeners listen to while it goes on.
 
 A Generation owns the permit, the encoder, the cache writer and the backend's generator, and runs in a task
 of the service, not of a request. It stops when its last listener has left; its failure reaches every
@@ -14,25 +14,21 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
 from ..audio.encoders import open_encoder
 from ..backends.base import Backend
-from ..domain import FRAME_SECONDS, SAMPLE_RATE, AudioChunk, Segment, SpeechRequest, Voice
+from ..domain import FRAME_SECONDS, SAMPLE_RATE, AudioChunk, Segment
 from ..errors import SpeechError, SynthesisFailed, TimedOut
-from ..observe import Metrics
-from ..stores.cache import CacheWriter, EntryMeta, EntryReader, SpeechCache, StoredEntry
+from ..observe import NO_SPAN, Metrics, Span, detail, span
+from ..stores.cache import CacheWriter, EntryMeta, EntryReader, SpeechCache
 from .admission import Permit
 from .recording import Mark, Recording, Relay
+from .source import READ_SIZE, Script
 from .threads import Threads
-
-READ_SIZE = 64 * 1024
-"""Bytes handed to a listener at once, at most."""
 
 RELAY_SIZE = 256 * 1024
 """Bytes that an unstored generation may be ahead of its listener before it pauses."""
@@ -42,85 +38,6 @@ SILENCE_SECONDS = 0.25
 
 _STOPPED = "The speech was stopped."
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A request with every name resolved and its text segmented: all that a backend needs.
-
-    `asked_model` is the model as the client named it; `key` the cache key, None where nothing may be stored.
-    """
-
-    request: SpeechRequest
-    asked_model: str
-    voice: Voice
-    segments: tuple[Segment, ...]
-    key: str | None
-
-
-class Source(Protocol):
-    """Encoded bytes that may still be growing."""
-
-    @property
-    def marks(self) -> Sequence[Mark]: ...
-
-    @property
-    def audio_ms(self) -> int: ...
-
-    @property
-    def frames(self) -> int:
-        """Codec frames of what the backend has made so far, before `speed` and encoder."""
-        ...
-
-    @property
-    def length(self) -> int | None:
-        """Bytes of the whole, where they are known from the start."""
-        ...
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether one `read` gives the whole, without a wait."""
-        ...
-
-    def attach(self) -> None: ...
-
-    def detach(self) -> None: ...
-
-    async def sounding(self) -> None:
-        """Start if need be, and wait until there is sound; raise what went wrong before it."""
-        ...
-
-    async def read(self, offset: int) -> tuple[bytes, bool]:
-        """Wait for bytes from `offset` on; return them and whether they are the last."""
-        ...
-
-
-class Replay:
-    """A finished cache entry, for one listener."""
-
-    def __init__(self, entry: StoredEntry, threads: Threads) -> None:
-        self._entry = entry
-        self._threads = threads
-        self.marks = entry.meta.marks
-        self.audio_ms = entry.meta.audio_ms
-        self.frames = entry.meta.frames
-        self.length = entry.length
-        self.in_memory = entry.data is not None
-
-    def attach(self) -> None:
-        """The entry was opened for its one listener."""
-
-    def detach(self) -> None:
-        self._entry.close()
-
-    async def sounding(self) -> None:
-        """All of it is there."""
-
-    async def read(self, offset: int) -> tuple[bytes, bool]:
-        if self._entry.data is not None:
-            return self._entry.data[offset:], True
-        data = await self._threads.run(partial(self._entry.read, offset, READ_SIZE))
-        return data, offset + len(data) >= self._entry.length
 
 
 class Generation:
@@ -163,9 +80,12 @@ class Generation:
         self._changed = asyncio.Event()
         self._begun = time.perf_counter()
         self._made = Fraction()  # seconds of sound, by the backend's own rate
+        self._paused = 0.0
+        self._span: Span = NO_SPAN
         self.audio_ms = 0
         self.length = None
         self.in_memory = False
+        self.spoken_for = script.request.id
 
     # --- what listeners use ---
 
@@ -218,9 +138,22 @@ class Generation:
 
     async def _run(self) -> None:
         with self._permit:
-            await self._permit.granted()
+            with span("admission"):
+                await self._permit.granted()
             self._begun = time.perf_counter()
-            await self._record()
+            waited = self._permit.waited_seconds or 0.0
+            self._metrics.queue_wait.observe(waited)
+            detail(_log, "permit granted", waited_ms=_ms(waited))
+            script = self.script
+            with span(
+                "generation",
+                backend=script.request.backend,
+                model=script.request.model,
+                segments=len(script.segments),
+                characters=len(script.request.text),
+            ) as self._span:
+                await self._record()
+                self._span.set(audio_ms=self.audio_ms, frames=self.frames)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         # A callback rather than a `finally`: a task cancelled before its first step runs none of its body.
@@ -242,7 +175,7 @@ class Generation:
             "segments": len(self.script.segments),
             "audio_ms": self.audio_ms,
             "frames": self.frames,
-            "ms": round((time.perf_counter() - self._begun) * 1000, 1),
+            "ms": self._ms,
         }
         if outcome == "failed" and failure is not None:
             # Of what the model did wrong, our own words; of all else the code: a message may quote the client.
@@ -252,6 +185,7 @@ class Generation:
     async def _record(self) -> None:
         """Speak into a recording; whatever happens, encoder and temp file are given back."""
         stack = await self._threads.run(self._open_recording, undo=ExitStack.close)
+        detail(_log, "recording opened", stored=self.script.key is not None)
         try:
             if self.script.segments:
                 await self._speak()
@@ -265,7 +199,13 @@ class Generation:
         script = self.script
         speech = self._backend.speak(script.request, script.voice, _stream(script.segments))
         async with aclosing(speech) as chunks:
+            segment = None
             while (chunk := await self._next(chunks)) is not None:
+                if chunk.segment is not segment:
+                    segment = chunk.segment
+                    detail(
+                        _log, "a segment sounds", start=segment.start, end=segment.end, ms=self._ms, frames=self.frames
+                    )
                 self._made += Fraction(len(chunk.samples), chunk.sample_rate)
                 await self._take(chunk)
                 await self._room()
@@ -293,15 +233,23 @@ class Generation:
 
     async def _room(self) -> None:
         """Pause while the listener of an unstored generation is far behind."""
+        began = time.perf_counter()
         while isinstance(self._sink, Relay) and self._sink.buffered > RELAY_SIZE:
             await self._changed.wait()
+        self._paused += time.perf_counter() - began
 
     async def _finish(self) -> None:
         recording = self._require_recording()
         await self._threads.run(partial(recording.finish, len(self.script.request.text)))
         if isinstance(self._sink, CacheWriter):
             await self._threads.run(partial(self._commit, self._sink))
+        detail(
+            _log, "recording finished", ms=self._ms, bytes=recording.length, stored=isinstance(self._sink, CacheWriter)
+        )
         self._metrics.audio_seconds.inc(recording.audio_ms / 1000)
+        if self._made:
+            took = time.perf_counter() - self._begun - self._paused
+            self._metrics.real_time_factor.observe(took / float(self._made))
         self._done = True
         self._publish()
 
@@ -321,6 +269,11 @@ class Generation:
         except (OSError, ValueError):
             _log.exception("cache commit failed")
 
+    @property
+    def _ms(self) -> float:
+        """Since the permit was granted."""
+        return _ms(time.perf_counter() - self._begun)
+
     # --- telling the listeners ---
 
     def _require_recording(self) -> Recording:
@@ -329,6 +282,8 @@ class Generation:
 
     def _publish(self) -> None:
         recording = self._require_recording()
+        if recording.length and not self._length:
+            self._span.event("first sound")
         self._length, self.audio_ms = recording.length, recording.audio_ms
         self._wake()
 
@@ -365,6 +320,10 @@ class Generation:
             self._wake()
             return data
         return await self._threads.run(partial(self._reader.read, offset, size))
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)
 
 
 async def _stream(segments: Sequence[Segment]) -> AsyncIterator[Segment]:

@@ -6,6 +6,7 @@ Misses, joins and hits are all listeners; only what they listen to differs.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
@@ -14,13 +15,15 @@ from typing import Any, Literal
 
 from ..domain import Outcome, SpeechChunk, UsageEvent
 from ..errors import ShuttingDown, SpeechError, TimedOut
-from ..observe import Metrics, RequestLog, request_log
+from ..observe import Metrics, RequestLog, detail, request_log, span
 from ..stores.ledger import Hold, IdempotencyKey, Ledger
 from .gate import Standing, Turn
-from .generation import Script, Source
 from .recording import characters_heard
+from .source import Script, Source
 
 CacheStatus = Literal["miss", "join", "hit", "bypass"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class Listener:
         self._settling: asyncio.Task[None] | None = None
         self._sent = 0
         self._failed = False
+        self._whole = False
         self._starting: asyncio.Task[Any] | None = None
         self._closed = False
 
@@ -93,7 +97,9 @@ class Listener:
                     await self._gate.enter_async_context(self._turn)
                 self._source, self.cache_status = await self._find_source(self.script)
                 self._log.fields["cache"] = self.cache_status
-                self._hold = await self._stack.enter_async_context(self._hold_price())
+                with span("ledger hold"):
+                    self._hold = await self._stack.enter_async_context(self._hold_price())
+                detail(_log, "price held", micros=self._hold.micros, ms=self._ms)
                 await self._source.sounding()
         except TimeoutError:
             raise TimedOut("No sound within the time limit.") from None
@@ -134,6 +140,7 @@ class Listener:
             offset += len(data)
             if is_last:
                 await self._settle(len(self.script.request.text), "completed")
+                self._whole = True
             yield SpeechChunk(data, is_last)
 
     @property
@@ -176,6 +183,9 @@ class Listener:
             self._starting.cancel()  # and then leaves
 
     def _leave(self) -> None:
+        if self._whole:
+            self._metrics.speech_seconds.labels(self.cache_status).observe(self._log.seconds)
+        detail(_log, "left", sent=self._sent, failed=self._failed, ms=self._ms)
         if self._source is not None:
             self._log.fields |= {"audio_ms": self.audio_ms, "frames": self.frames}
             self._source.detach()
@@ -185,6 +195,11 @@ class Listener:
         if self._settling is None:
             self._spawn(self._unwind())
         self._on_close(self)
+
+    @property
+    def _ms(self) -> float:
+        """Since the request's arrival."""
+        return round(self._log.seconds * 1000, 1)
 
     def _note_first_sound(self, seconds: float) -> None:
         self._metrics.first_sound.labels(self.cache_status).observe(seconds)
@@ -202,7 +217,7 @@ class Listener:
             request.account,
             request.id,
             self._price(len(request.text), self.cache_status == "hit"),
-            key=IdempotencyKey(key, request.body_digest) if key else None,
+            key=IdempotencyKey(key, request.body_digest, request.older_digests) if key else None,
         )
 
     async def _settle(self, characters: int, outcome: Outcome) -> None:
@@ -213,7 +228,10 @@ class Listener:
     async def _settle_hold(self, characters: int, outcome: Outcome) -> None:
         async with self._stack:
             if self._hold is not None:
-                await self._hold.settle(self._event(characters, outcome))
+                event = self._event(characters, outcome)
+                with span("ledger settle", outcome=event.outcome, micros=event.price_micros):
+                    await self._hold.settle(event)
+                detail(_log, "price settled", outcome=event.outcome, micros=event.price_micros, ms=self._ms)
 
     def _characters_heard(self) -> int:
         return characters_heard(self._source.marks, self._sent) if self._source else 0

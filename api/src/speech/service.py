@@ -16,8 +16,8 @@ from typing import Any
 from ..audio.encoders import ENCODER_REVISION
 from ..backends.base import Backend
 from ..domain import Account, Readiness, Segment, SpeechChunk, SpeechRequest, Voice
-from ..errors import InvalidRequest, ShuttingDown
-from ..observe import Metrics
+from ..errors import InvalidRequest, NotReady, ShuttingDown
+from ..observe import Metrics, detail
 from ..stores.cache import SpeechCache, StoredEntry, cache_key
 from ..stores.ledger import Ledger
 from ..stores.rates import RateCard
@@ -25,8 +25,10 @@ from ..text.segment import segment
 from .admission import Admission
 from .catalogue import PREVIEW_TEXTS, Catalogue, language
 from .gate import Gate
-from .generation import Generation, Replay, Script, Source
+from .generation import Generation
 from .listener import CacheStatus, Listener
+from .source import Replay, Script, Source
+from .startup import Startup
 from .threads import Threads
 
 DRAIN_RETRY_AFTER = 5
@@ -82,7 +84,7 @@ class Qwen3TTSService:
         self._running: set[Generation] = set()
         self._listeners: set[Listener] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._starting: asyncio.Task[None] | None = None
+        self._startup = Startup(ledger, backend)
         self._ended = 0
         self._draining = False
         self._silent = asyncio.Event()
@@ -103,8 +105,7 @@ class Qwen3TTSService:
         `caller` is whose bounds hold; without one nothing is bounded.
         Raises InvalidRequest, NotReady, ShuttingDown.
         """
-        if self._draining:
-            raise ShuttingDown("The server is shutting down.", retry_after=DRAIN_RETRY_AFTER)
+        self._require_ready()
         script = self._script(request)
         listener = Listener(
             script,
@@ -132,23 +133,25 @@ class Qwen3TTSService:
     # --- living and dying ---
 
     async def start(self) -> None:
-        """Open the ledger and tidy the cache; the backend starts in the background, `readiness` says how far."""
-        await self.ledger.start()
+        """Begin to open the ledger and to start the backend, and to tidy the cache; `readiness` says how far."""
         await self._gate.start()
-        await self._threads.run(self._cache.sweep)
-        self._starting = asyncio.create_task(self.backend.start(), name="backend start")
-        self._starting.add_done_callback(self._report_start)
+        self._startup.begin()
+        self._spawn(self._threads.run(self._cache.sweep))
 
     def readiness(self) -> Readiness:
         """Whether speech can be had now."""
         if self._draining:
             return Readiness(False, "draining", "The server is shutting down.")
-        return self.backend.readiness()
+        return self._startup.readiness()
+
+    @property
+    def retry_after(self) -> int:
+        """Whole seconds after which a server that is not ready may be."""
+        return DRAIN_RETRY_AFTER if self._draining else self._startup.retry_after
 
     async def wait_ready(self) -> None:
-        """Wait until the backend can speak; raise what keeps it from it."""
-        if self._starting is not None:
-            await asyncio.shield(self._starting)
+        """Wait until the server can speak; raises NotReady with what keeps it from it, though it is tried again."""
+        await self._startup.first_outcome()
 
     def begin_drain(self) -> None:
         """Refuse what is new; what runs goes on."""
@@ -168,18 +171,25 @@ class Qwen3TTSService:
         """Stop what still runs, wait until everything borrowed has been given back, then close the rest."""
         self.begin_drain()
         self._cut()
+        self._cache.stop_sweeping()
         await self._silent.wait()
         while work := [*(generation.ended() for generation in self._running), *self._tasks]:
             await asyncio.gather(*work, return_exceptions=True)
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.wait([self._starting])
+        await self._startup.cancel()
         await self.backend.stop()
         await self._gate.close()
         await self.ledger.close()
         self._threads.close()
 
     # --- the way of one request ---
+
+    def _require_ready(self) -> None:
+        if self._draining:
+            raise ShuttingDown("The server is shutting down.", retry_after=self.retry_after)
+        readiness = self.readiness()
+        if not readiness.ready:
+            reason = readiness.reason or readiness.phase
+            raise NotReady(f"The server is not ready: {reason}", retry_after=self.retry_after)
 
     def _script(self, request: SpeechRequest) -> Script:
         """Resolve every name, segment the text, compute the cache key."""
@@ -224,6 +234,16 @@ class Qwen3TTSService:
         source, status = await self._choose_source(script)
         source.attach()
         self._metrics.speech.labels(status).inc()
+        request = script.request
+        detail(
+            _log,
+            "source found",
+            cache=status,
+            spoken_for=source.spoken_for,
+            characters=len(request.text),
+            segments=len(script.segments),
+            format=request.format,
+        )
         return source, status
 
     async def _choose_source(self, script: Script) -> tuple[Source, CacheStatus]:
@@ -262,11 +282,6 @@ class Qwen3TTSService:
         if key is not None and self._generations.get(key) is generation:
             del self._generations[key]
 
-    def _report_start(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and task.exception() is None:
-            _log.info("ready to speak with the %s backend", self.backend.name)
-        _log_failure(task)
-
     def _cut(self) -> None:
         for listener in list(self._listeners):
             listener.close()
@@ -302,7 +317,9 @@ def _segments(text: str) -> tuple[Segment, ...]:
 
 def _sound(request: SpeechRequest) -> SpeechRequest:
     """The request without what no sound depends on: who asks, and under which name."""
-    return dataclasses.replace(request, id="", account="", user="", idempotency_key=None, body_digest="")
+    return dataclasses.replace(
+        request, id="", account="", user="", idempotency_key=None, body_digest="", older_digests=()
+    )
 
 
 def _free(characters: int, cached: bool) -> int:

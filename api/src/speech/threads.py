@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ class Threads:
         Cancellation takes effect only once `work` has ended, so that nobody closes what a thread still
         uses; `undo` then receives the result that nobody will see.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        future = asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, work)  # whose request it is
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:

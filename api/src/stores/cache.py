@@ -101,6 +101,8 @@ class SpeechCache:
         self._slack = max_bytes // 16
         self._memo = _Memo()
         self._counting = threading.Lock()
+        self._evicting = threading.Lock()
+        self._no_sweep = threading.Event()
         self._stored = 0
         self._unseen = 0
 
@@ -110,13 +112,21 @@ class SpeechCache:
         return self._stored
 
     def sweep(self) -> None:
-        """At start: remove what the dead and the unsealed have left, count the rest, evict what is over the bound."""
+        """At start: remove what the dead and the unsealed have left, count the rest, evict what is over the bound.
+
+        May take minutes on a large folder. Entries are found and written meanwhile.
+        """
         self._folder.remove_dead_temps()
         for name, found in self._folder.scan().items():
+            if self._no_sweep.is_set():
+                return
             if self._is_waste(found):
                 self._remove_waste(name)
-        with self._counting:
-            self._evict()
+        self._make_room()
+
+    def stop_sweeping(self) -> None:
+        """The process is to end: leave the rest of a sweep to the next one."""
+        self._no_sweep.set()
 
     def writer(self, key: str, ext: AudioFormat) -> CacheWriter:
         """A new entry for `key`, to be entered, written and committed."""
@@ -215,21 +225,32 @@ class SpeechCache:
         with self._counting:
             self._stored += added
             self._unseen += added
-            if self._stored > self._max_bytes or self._unseen > self._slack:
+            look = self._stored > self._max_bytes or self._unseen > self._slack
+        if look:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Evict, unless that is being done: a generation must not wait for a long sweep to store what it made."""
+        if self._evicting.acquire(blocking=False):
+            try:
                 self._evict()
+            finally:
+                self._evicting.release()
 
     def _evict(self) -> None:
-        """Look at the folder, and where it is over the bound make room for a while. `_counting` is held."""
+        """Look at the folder, and where it is over the bound make room for a while. `_evicting` is held."""
+        with self._counting:
+            self._unseen = 0
         found = self._folder.scan()
         stored = sum(files.size for files in found.values())
         if stored > self._max_bytes:
             for name in sorted(found, key=lambda name: found[name].used_ns):
-                if stored <= self._max_bytes - self._slack:
+                if stored <= self._max_bytes - self._slack or self._no_sweep.is_set():
                     break
                 if self._evict_name(name, found[name].used_ns):
                     stored -= found[name].size
-        self._stored = stored
-        self._unseen = 0
+        with self._counting:
+            self._stored = stored + self._unseen  # what came meanwhile may have been seen, too: rather too much
 
     def _evict_name(self, name: str, used_ns: int) -> bool:
         """Remove `name`, unless it is locked or was used or replaced since it was looked at."""

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..domain import UsageEvent
+from .digests import same_body
 
 MAX_MICROS = 2**53 - 1
 """The largest single amount: exact in every database, in JSON too, and far from overflow in a sum."""
@@ -49,10 +50,18 @@ MAX_MICROS = 2**53 - 1
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyKey:
-    """The client's word that two requests are the same one. `digest` is of the body that came with it."""
+    """The client's word that two requests are the same one.
+
+    `digest` is of the body that came with it, `also` what the same body may have been known by before; see digests.py.
+    """
 
     value: str
     digest: str
+    also: tuple[str, ...] = ()
+
+    def fits(self, stored: str) -> bool:
+        """Whether a digest that was stored under this value is of the same body, as far as can be said."""
+        return same_body(stored, (self.digest, *self.also))
 
 
 class Hold(Protocol):

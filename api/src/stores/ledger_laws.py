@@ -142,7 +142,7 @@ def _young_key(page: Page, account: str, key: IdempotencyKey, ttl_s: float) -> K
     found = page.find_key(account, key.value)
     if found is None or found.at <= page.now - ttl_s:
         return None
-    if found.digest != key.digest:
+    if not key.fits(found.digest):
         raise InvalidRequest(
             "This Idempotency-Key was used with a different request body.",
             param="Idempotency-Key",

@@ -75,16 +75,24 @@ class LedgerWriter(ABC):
         """Disconnect."""
 
     async def start(self) -> None:
-        """Open the database, migrate it and run the first tick. Raises what went wrong, whatever it is."""
+        """Open the database, migrate it and run the first tick. Raises what went wrong, whatever it is.
+
+        After a failure it may be started again.
+        """
         self._loop = asyncio.get_running_loop()
+        self._last = None
         # A daemon, so that a process that forgets to close can still end: the database survives worse.
         self._thread = Thread(target=self._run, name=self._name, daemon=True)
         ready = self._enqueue(self._tick)
+        thread = self._thread
         self._thread.start()
         try:
             await ready
         except BaseException:
-            await self._end(lambda *_: None)
+            with suppress(Exception):  # what went wrong is known already
+                await self._end(lambda *_: None)
+            await asyncio.to_thread(thread.join)
+            self._thread = None
             raise
 
     async def close(self, last: Any) -> None:
@@ -116,6 +124,7 @@ class LedgerWriter(ABC):
             self._thread = None  # so that nothing more is submitted
             self._collect()
             self._answer(Outcome(job.future, None, error) for job in self._backlog)
+            self._backlog.clear()
             return
         try:
             due = time.monotonic() + self._tick_s

@@ -135,7 +135,8 @@ class PostgresWriter(LedgerWriter):
                 return
             except Exception as error:
                 self._session.close()
-                if not isinstance(error, psycopg.OperationalError) or time.monotonic() > deadline:
+                given_up = self._last is not None or time.monotonic() > deadline
+                if given_up or not isinstance(error, psycopg.OperationalError):
                     raise
                 time.sleep(_PAUSE_S)
 

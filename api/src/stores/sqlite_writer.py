@@ -50,6 +50,7 @@ class SqliteWriter(LedgerWriter):
 
     def _open(self) -> None:
         self._connection = _connect(self._path, self._busy_s)
+        self._synchronous = ""
 
     def _shut(self) -> None:
         self._connection.close()
