@@ -17,12 +17,13 @@ import uvicorn
 from pydantic import ValidationError
 
 from .backends.choice import GPU_MODEL
+from .building import build_service, build_speaker
 from .cli_accounts import ACTOR, add_accounts, with_stores
 from .cli_codes import add_codes
 from .domain import MEDIA_TYPES, SpeechRequest
 from .errors import InvalidRequest, NotReady, SpeechError
 from .logs import configure_logging
-from .main import build_service, build_speaker, create_app
+from .main import create_app
 from .observe import Metrics
 from .settings import Settings
 from .stores.accounts import Accounts

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from .building import build_accounts, build_ledger
 from .domain import AuditEntry, StoredAccount, StoredKey
-from .main import build_accounts, build_ledger
 from .settings import Settings
 from .stores.accounts import BOUNDS, LOG_LEVELS, Accounts, NewKey
 from .stores.ledger import Ledger

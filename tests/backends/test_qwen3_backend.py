@@ -21,12 +21,12 @@ torch = pytest.importorskip("torch")
 from api.src.backends import qwen3_checkpoint  # noqa: E402
 from api.src.backends.qwen3_speech import Utterance, frame_budget, mixed_seed  # noqa: E402
 from api.src.backends.qwen3_tts import Qwen3TTSBackend  # noqa: E402
+from api.src.building import build_service  # noqa: E402
 from api.src.domain import Segment, SpeechRequest, Voice  # noqa: E402
 from api.src.engine.config import ModelConfig  # noqa: E402
 from api.src.engine.loading import SpeechModel  # noqa: E402
 from api.src.engine.prompt import Prompt, PromptBuilder  # noqa: E402
 from api.src.errors import InvalidRequest, NotReady, ShuttingDown, SynthesisFailed  # noqa: E402
-from api.src.main import build_service  # noqa: E402
 from api.src.observe import Metrics  # noqa: E402
 from api.src.settings import Settings  # noqa: E402
 from tests.engine.checkpoints import tiny  # noqa: E402

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from api.src.backends.chain import Chain
 from api.src.backends.remote import RemoteBackend
 from api.src.backends.remote_client import Remote
-from api.src.main import EMBEDDED_AT_ONCE, REMOTE_AT_ONCE, build_speaker
+from api.src.building import EMBEDDED_AT_ONCE, REMOTE_AT_ONCE, build_speaker
 from api.src.settings import Settings
 
 URL = "https://speech.example/v1"

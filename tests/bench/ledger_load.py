@@ -34,7 +34,7 @@ from typing import Any
 
 import uvloop
 
-from api.src.main import build_ledger
+from api.src.building import build_ledger
 from api.src.settings import Settings
 from tests.bench import report, speech
 from tests.bench.load import http_request, press

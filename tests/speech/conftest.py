@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from api.src.main import build_service
+from api.src.building import build_service
 from api.src.observe import Metrics
 from api.src.settings import Settings
 from api.src.speech.service import Qwen3TTSService

@@ -22,10 +22,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from api.src.building import build_service
 from api.src.domain import SpeechRequest
 from api.src.errors import HoldLost, InsufficientBalance
 from api.src.logs import configure_logging
-from api.src.main import build_service
 from api.src.observe import Metrics
 from api.src.settings import Settings
 from api.src.speech.service import Qwen3TTSService

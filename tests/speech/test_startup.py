@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from api.src import patience
+from api.src.building import build_service
 from api.src.cli import main
 from api.src.domain import Readiness
 from api.src.errors import NotReady
-from api.src.main import build_service
 from api.src.observe import Metrics
 from api.src.patience import until_it_works
 from api.src.settings import Settings
