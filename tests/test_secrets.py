@@ -100,7 +100,8 @@ def planted_settings(folder: Path, upstream: str) -> dict[str, str]:
         "TTS_API_KEYS": f"alice={PLANTED['alice']},bob={PLANTED['bob']}",
         "TTS_ADMIN_KEY": PLANTED["admin"],
         "TTS_ENCRYPTION_KEY": f"{PLANTED['first encryption']},{PLANTED['second encryption']}",
-        "TTS_REDIS_URL": "",
+        "TTS_REDIS_URL": f"redis://keeper:{quote(PLANTED['redis'], safe='')}@127.0.0.1:1/0",  # which is away
+        "TTS_REQUESTS_PER_MINUTE": "100000",  # so that it is asked for
         "TTS_BACKEND": "remote",
         "TTS_REMOTE_URL": upstream,
         "TTS_REMOTE_API_KEY": PLANTED["remote"],
@@ -397,7 +398,7 @@ def test_nothing_that_the_app_holds_shows_them_when_printed(tmp_path: Path) -> N
 
 CRASH = """
 import sys
-from api.src import cli, main
+from api.src import building, cli, main
 from api.src.settings import Settings
 from tests.fakes import FakeBackend
 
@@ -412,7 +413,7 @@ create = main.create_app
 def create_app(settings):
     backend = Crashing()
     app = create(settings, backend=backend)
-    backend.remote = main._build_remote(settings)._remote
+    backend.remote = building._build_remote(settings)._remote
     backend.policy = type("Policy", (), {})()
     backend.policy.it = app.state.http_policy
     return app

@@ -99,7 +99,8 @@ async def test_quantised_weights_are_another_sound_kept_on_the_disk(tmp_path: Pa
             sounds.append(await say(backend, CUSTOM))
         files = [path.name for path in (folder / ".qwen3-tts").glob("*")]
         assert [name.startswith("int8-") for name in files] == ([] if form == "fp32" else [True])
-    assert [model.weights for model in models] == ["fp32: asked for", "int8: asked for", "int8: asked for"]
+    forms = [model.weights.partition(";")[0] for model in models]
+    assert forms == ["fp32: asked for", "int8: asked for", "int8: asked for"]
     assert models[0].revision != models[1].revision == models[2].revision
     assert np.abs(sounds[1] - sounds[2]).max() < 1e-3
     assert sounds[0].shape != sounds[1].shape or np.abs(sounds[0] - sounds[1]).max() > 0.01

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from api.src.engine import codec_tail
 from api.src.engine.graphs import CODEC_FRAMES, LONG_PROMPT, Run, eagerly, fitting, parts, up_to
 from api.src.engine.linear import Linear
 from api.src.engine.loading import load_model
@@ -73,9 +74,10 @@ def test_chunks_are_taken_apart_into_few_pieces_in_order(frames: int) -> None:
 
 @pytest.fixture(scope="module")
 def plain_linears() -> Iterator[None]:
-    """Weights as they are on a GPU: a CPU's packed forms are no tensors, and cannot be traced."""
+    """Weights as they are on a GPU: a CPU's packed forms are no tensors, and cannot be traced; nor can C code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Linear, "settle", lambda self, *given, **named: None)
+        patch.setattr(codec_tail, "load", lambda: None)
         yield
 
 

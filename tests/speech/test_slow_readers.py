@@ -147,7 +147,8 @@ def test_a_reader_that_sips_is_not_cut(start_server: Callable[..., Server]) -> N
 def test_one_that_reads_nothing_is_let_go(start_server: Callable[..., Server], fields: dict[str, object]) -> None:
     backend = TextualBackend(seconds_per_segment=SECONDS)
     server = start_server(backend, stall_timeout_s=0.4)
-    server.wait_idle()  # SQLite keeps the descriptor of the first look into the ledger
+    server.wait_idle()
+    server.client.get("/v1/usage")  # SQLite keeps the descriptors of the first look into ledger and accounts
     files = open_files()
     with slow_reader(server, **fields) as slow:
         started = time.monotonic()
