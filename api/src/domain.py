@@ -33,8 +33,14 @@ Outcome = Literal["completed", "cancelled", "cached", "failed"]
 
 Samples = NDArray[np.float32]
 
-ACCOUNT_NAME = r"^[A-Za-z0-9._@-]{1,128}$"
+_NAME = r"[A-Za-z0-9._@-]{1,128}"
+ACCOUNT_NAME = f"^{_NAME}$"
 """What the name of an account may be, and of an end user; as both Python and JSON Schema read it."""
+
+STORED_NAME = rf"^{_NAME}(:({_NAME}|\*))?$"
+"""`NAME`, `NAME:USER` for an end user of it, `NAME:*` for all that have no account of their own."""
+
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,19 +12,19 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .domain import Account, ModelStats, UsageBacklog
+from .domain import Account, LogLevel, ModelStats, UsageBacklog
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """Id of the request that the current task serves."""
 
 
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+LEVELS: Mapping[str, int] = {name: logging.getLevelNamesMapping()[name.upper()] for name in get_args(LogLevel)}
 
 BREAKER_STATES = ("closed", "half_open", "open")
 
@@ -252,8 +252,7 @@ class UsageCollector(Collector):
         breaker = GaugeMetricFamily(
             "tts_usage_breaker", "1 for the state of the breaker between usage events and Redis", labels=["state"]
         )
-        for state in ("closed", "open", "half_open"):
-            breaker.add_metric([state], float(now.breaker == state))
+        _add_state(breaker, [], now.breaker)
         yield breaker
 
 
@@ -279,9 +278,14 @@ class BreakerCollector(Collector):
             "tts_breaker_state", "Circuit breakers: 1 for the state that each is in", labels=["breaker", "state"]
         )
         for breaker, now in self.states.items():
-            for state in BREAKER_STATES:
-                family.add_metric([breaker, state], float(state == now))
+            _add_state(family, [breaker], now)
         return [family]
+
+
+def _add_state(family: GaugeMetricFamily, labels: list[str], now: str) -> None:
+    """1 for the state that a breaker is in, 0 for the others."""
+    for state in BREAKER_STATES:
+        family.add_metric([*labels, state], float(state == now))
 
 
 class Metrics:

@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from .domain import LogLevel
 from .stores.ledger_choice import SCHEMES
 
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 CommaSeparated = Annotated[list[str], NoDecode]
 Pairs = Annotated[dict[str, str], NoDecode]
-LogLevel = Literal["debug", "info", "warning", "error"]
 Levels = Annotated[dict[str, LogLevel], NoDecode]
 SecretPairs = Annotated[list[tuple[str, SecretStr]], NoDecode]
 Secrets = Annotated[list[SecretStr], NoDecode]

@@ -7,12 +7,16 @@ import uvicorn
 from api.src.cli import GRACE_S
 from api.src.main import create_app
 from api.src.settings import Settings
+from api.src.stores.ledger import Ledger
 from tests.fakes import FakeBackend
 
 
-def main() -> None:
+def serve(ledger: Ledger | None = None) -> None:
+    """Until it is stopped; `ledger` replaces the one of the settings."""
     settings = Settings()
     app = create_app(settings, backend=FakeBackend(seconds_per_segment=3.0))
+    if ledger is not None:
+        app.state.tts_service.ledger = ledger
     uvicorn.run(
         app,
         host=settings.host,
@@ -24,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -7,14 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import uvicorn
-
-from api.src.cli import GRACE_S
 from api.src.domain import UsageEvent
-from api.src.main import create_app
-from api.src.settings import Settings
 from api.src.stores.ledger import IdempotencyKey
-from tests.fakes import FakeBackend
+from tests.bench.fake_server import serve
 
 
 @dataclass
@@ -64,20 +59,5 @@ class NullLedger:
         return []
 
 
-def main() -> None:
-    settings = Settings()
-    app = create_app(settings, backend=FakeBackend(seconds_per_segment=3.0))
-    if sys.argv[1] == "off":
-        app.state.tts_service.ledger = NullLedger()
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_S,
-    )
-
-
 if __name__ == "__main__":
-    main()
+    serve(NullLedger() if sys.argv[1] == "off" else None)

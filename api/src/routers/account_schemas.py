@@ -6,14 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
-from ..domain import AuditEntry, StoredAccount, StoredKey
-
-NAME = r"^[A-Za-z0-9._@-]{1,128}(:([A-Za-z0-9._@-]{1,128}|\*))?$"
-"""`NAME`, `NAME:USER` for an end user of it, `NAME:*` for all that have no account of their own."""
+from ..domain import STORED_NAME, AuditEntry, LogLevel, StoredAccount, StoredKey
 
 _Bound = Annotated[StrictInt, Field(ge=0, lt=2**53)] | None
 _Seconds = Annotated[StrictInt, Field(ge=1, le=10 * 366 * 86400)]
-_LogLevel = Literal["", "debug", "info", "warning", "error"]
+_LogLevel = Literal["", LogLevel]
 
 _AS_DEPLOYED = "null: as the deployment has it; 0: no bound."
 
@@ -39,7 +36,9 @@ class AccountChanges(BaseModel):
 class NewAccount(AccountChanges):
     """The body of POST /v1/accounts."""
 
-    name: str = Field(pattern=NAME, description="NAME; NAME:USER for an end user of it; NAME:* for all others of its.")
+    name: str = Field(
+        pattern=STORED_NAME, description="NAME; NAME:USER for an end user of it; NAME:* for all others of its."
+    )
 
 
 class KeyTerms(BaseModel):

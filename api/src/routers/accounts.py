@@ -7,10 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 
-from ..domain import ACCOUNT_NAME
+from ..domain import ACCOUNT_NAME, STORED_NAME
 from ..speech.access import Access
 from .account_schemas import (
-    NAME,
     AccountChanges,
     AccountInfo,
     AccountsListResponse,
@@ -35,7 +34,7 @@ def get_access(request: Request) -> Access:
 
 
 Store = Annotated[Access, Depends(get_access)]
-AccountName = Annotated[str, Path(pattern=NAME)]
+AccountName = Annotated[str, Path(pattern=STORED_NAME)]
 KeyOwner = Annotated[str, Path(pattern=ACCOUNT_NAME)]
 KeyId = Annotated[str, Path(pattern=r"^key_[0-9a-f]{16}$")]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
@@ -145,7 +144,7 @@ async def revoke_key(account: KeyOwner, key_id: KeyId, admin: AdminAccount, acce
 async def audit(
     admin: AdminAccount,
     access: Store,
-    account: Annotated[str | None, Query(pattern=NAME)] = None,
+    account: Annotated[str | None, Query(pattern=STORED_NAME)] = None,
     before: Annotated[int | None, Query(ge=1, lt=2**63, description="The last id of the page before.")] = None,
     limit: Limit = 100,
 ) -> AuditResponse:

@@ -11,19 +11,19 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from sqlalchemy import Connection, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from ..domain import ACCOUNT_NAME, AuditEntry, StoredAccount, StoredKey
+from ..domain import ACCOUNT_NAME, AuditEntry, LogLevel, StoredAccount, StoredKey
 from ..errors import Conflict, InvalidRequest, NotFound
 from .accounts_database import AccountsDatabase
 from .accounts_tables import ACCOUNTS, AUDIT, KEYS, SHOWN_OF_KEYS, account_of, entry_of, key_of
 from .api_keys import digest_of, hint_of, new_key
 
 BOUNDS = ("requests_per_minute", "concurrent", "characters_per_day", "alert_characters_per_day")
-LOG_LEVELS = ("", "debug", "info", "warning", "error")
+LOG_LEVELS = ("", *get_args(LogLevel))
 MAX_BOUND = 2**53 - 1
 MAX_SECONDS = 10 * 366 * 86400
 """The longest term of a key, and the longest grace of one that is replaced."""

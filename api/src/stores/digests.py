@@ -19,9 +19,9 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
+from .passphrase import stretch
+
 _SALT = b"qwen3-tts-server: digests of bodies"
-_N, _R, _P, _MEMORY = 1 << 15, 8, 3, 64 << 20
-"""As in sealed.py: 32 MiB and about half a second."""
 
 
 class BodyDigests:
@@ -49,5 +49,5 @@ def _name(digest: str) -> str:
 
 def _derive(passphrase: str) -> tuple[str, bytes]:
     """A key, and a name that tells nothing of it."""
-    derived = hashlib.scrypt(passphrase.encode(), salt=_SALT, n=_N, r=_R, p=_P, maxmem=_MEMORY, dklen=64)
+    derived = stretch(passphrase, _SALT, 64)
     return hashlib.sha256(derived[32:]).hexdigest()[:8], derived[:32]

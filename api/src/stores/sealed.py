@@ -22,7 +22,6 @@ no secret; it makes a table of guesses good for one folder only.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import hmac
 import os
 import secrets
@@ -34,6 +33,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from .frames import BrokenFrames
+from .passphrase import stretch
 
 MIN_CHARACTERS = 16
 
@@ -41,9 +41,6 @@ _MAGIC = b"TTSSEAL1"
 _SALT_BYTES = 32
 _KEY_BYTES = 32
 _COUNTER_BYTES = 11  # and one that says whether the frame is the last: 12 make a nonce
-_SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 1 << 15, 8, 3
-"""32 MiB and about half a second: OWASP's equal of its 128 MiB, for small machines."""
-_SCRYPT_MEMORY = 64 << 20
 
 
 class FileSeal:
@@ -81,17 +78,7 @@ class SealingKey:
         """Takes half a second, so that guessing does too. Raises ValueError for less than MIN_CHARACTERS."""
         if len(passphrase) < MIN_CHARACTERS:
             raise ValueError(f"an encryption key has at least {MIN_CHARACTERS} characters")
-        return cls(
-            hashlib.scrypt(
-                passphrase.encode(),
-                salt=salt,
-                n=_SCRYPT_N,
-                r=_SCRYPT_R,
-                p=_SCRYPT_P,
-                maxmem=_SCRYPT_MEMORY,
-                dklen=_KEY_BYTES,
-            )
-        )
+        return cls(stretch(passphrase, salt, _KEY_BYTES))
 
     def name(self, plain: str) -> str:
         """64 hex digits that stand for `plain` and, without the key, tell nothing of it."""
