@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from api.src.backends.base import never
 from api.src.domain import SAMPLE_RATE, AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
+from api.src.errors import NotReady
 
 OPENAI_VOICES = (
     "alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split()  # noqa: SIM905
@@ -43,6 +45,9 @@ class FakeBackend:
 
     async def start(self) -> None:
         self.ready = True
+
+    async def died(self) -> NotReady:
+        return await never()
 
     async def stop(self) -> None:
         self.ready = False

@@ -27,8 +27,8 @@ def series() -> dict[str, set[str]]:
     """The labels of each series that /metrics can show."""
     metrics = Metrics()
     metrics.engines.stats = {"model": ModelStats(finished={"stop": 1})}
-    metrics.breakers.states = {"remote": "open"}
-    metrics.usage.backlog = lambda: UsageBacklog(0, 0.0, 0, 0, 0, "closed")
+    metrics.breakers.sources.append(lambda: {"remote": "open"})
+    metrics.usage.backlog = lambda: UsageBacklog()
     return dict(_series(metrics.registry))
 
 

@@ -94,6 +94,12 @@ def test_the_images_install_extras_that_exist() -> None:
     assert {extra for names in named for extra in names.split(",")} <= set(extras) - {"test", "dev"}
 
 
+def test_the_unit_starts_again_as_the_containers_do() -> None:
+    unit = (ROOT / "systemd" / "qwen3-tts.service").read_text().splitlines()
+    assert "Restart=always" in unit
+    assert "StartLimitIntervalSec=0" in unit
+
+
 def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not here")

@@ -7,9 +7,10 @@ alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .backends.base import Backend
 from .backends.chain import Chain
@@ -31,9 +32,13 @@ from .stores.accounts import Accounts
 from .stores.cache import SpeechCache
 from .stores.cache_choice import cache_at
 from .stores.ledger import Ledger
-from .stores.ledger_choice import behind_redis, ledger_at
+from .stores.ledger_choice import behind_redis, ledger_at, usage_stream_at
 from .stores.limits_choice import limiter_at
+from .stores.limits_fallback import FallbackLimiter
 from .stores.rates import RateCard
+
+if TYPE_CHECKING:
+    from .stores.usage_stream import UsageStream
 
 EMBEDDED_AT_ONCE = 4
 REMOTE_AT_ONCE = 16
@@ -121,7 +126,16 @@ def build_write_behind(settings: Settings, metrics: Metrics) -> Ledger:
         lease_s=settings.hold_lease_s,
     )
     metrics.usage.backlog = behind.backlog
+    metrics.breakers.sources.append(behind.breakers)
     return behind
+
+
+def build_usage_stream(settings: Settings) -> UsageStream:
+    """The stream in Redis in which usage events wait. Raises NotReady where there is none."""
+    if settings.redis_url is None:
+        raise NotReady("TTS_REDIS_URL is not set: no usage events go through Redis.")
+    with _in_a_sentence():
+        return usage_stream_at(settings.redis_url.get_secret_value())
 
 
 def build_accounts(settings: Settings) -> Accounts:
@@ -151,14 +165,22 @@ def build_gate(settings: Settings, metrics: Metrics) -> Gate:
     alerts = Alerts(settings.alert_webhook.get_secret_value() if settings.alert_webhook else None, metrics)
     redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
     limiter = limiter_at(redis_url, on_alert=alerts.tell, on_fallback=metrics.limiter_fallback.set)
+    if isinstance(limiter, FallbackLimiter):
+        metrics.breakers.sources.append(limiter.breakers)
     return Gate(limiter, defaults, metrics, alerts)
 
 
 def build_service(
-    settings: Settings, backend: Backend, metrics: Metrics, *, at_once: int = EMBEDDED_AT_ONCE
+    settings: Settings,
+    backend: Backend,
+    metrics: Metrics,
+    *,
+    at_once: int = EMBEDDED_AT_ONCE,
+    end_process: Callable[[], None] = lambda: None,
 ) -> Qwen3TTSService:
     """The service with everything that it owns, not started yet. `at_once`: unless the settings say how many."""
     concurrent = settings.max_concurrent or at_once
+    metrics.breakers.sources.append(lambda: backend.breakers())
     return Qwen3TTSService(
         backend=backend,
         catalogue=Catalogue(backend, settings.model_aliases),
@@ -174,6 +196,7 @@ def build_service(
             request_timeout_s=settings.request_timeout_s,
             drain_timeout_s=settings.drain_timeout_s,
         ),
+        end_process=end_process,
     )
 
 

@@ -20,6 +20,7 @@ from .backends.choice import GPU_MODEL
 from .building import build_service, build_speaker
 from .cli_accounts import ACTOR, add_accounts, with_stores
 from .cli_codes import add_codes
+from .cli_usage import add_usage
 from .domain import MEDIA_TYPES, SpeechRequest
 from .errors import InvalidRequest, NotReady, SpeechError
 from .logs import configure_logging
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check-ledger", help="prove that every balance equals the sum of its entries")
     check.set_defaults(run=_check_ledger)
     add_accounts(commands)
+    add_usage(commands)
     add_codes(commands)
     return parser
 
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(settings: Settings, options: argparse.Namespace) -> int:
     app = create_app(settings)
     # uvicorn raises the signal again once all is closed, so this is what a clean end looks like.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(app.state.end_of_process.status))
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -87,7 +89,7 @@ def _serve(settings: Settings, options: argparse.Namespace) -> int:
     )
     with contextlib.suppress(KeyboardInterrupt):  # raised again like SIGTERM above
         _Server(config, settings.stall_timeout_s).run()
-    return 0
+    return int(app.state.end_of_process.status)
 
 
 class _Server(uvicorn.Server):

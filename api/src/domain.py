@@ -220,7 +220,6 @@ class UsageBacklog:
 
     `stream` of them are in Redis, the oldest for `oldest_s` seconds; `memory` wait in this process. `dead_letters` are
     entries that no ledger takes. `dropped`, a count that never falls, are those that this process had no room for.
-    `breaker` is whether this process asks Redis now: closed (it does), open or half_open.
     """
 
     stream: int = 0
@@ -228,7 +227,6 @@ class UsageBacklog:
     memory: int = 0
     dead_letters: int = 0
     dropped: int = 0
-    breaker: str = "closed"
 
 
 @dataclass(frozen=True, slots=True)

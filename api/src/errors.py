@@ -19,6 +19,7 @@
     │   └── UpstreamTimedOut        504
     └── Unavailable                 503, Retry-After
         ├── NotReady
+        │   └── NeedsNewProcess
         ├── Overloaded
         ├── ShuttingDown
         ├── TimedOut
@@ -158,6 +159,10 @@ class Unavailable(Retryable):
 
 class NotReady(Unavailable):
     code = "not_ready"
+
+
+class NeedsNewProcess(NotReady):
+    """What speaks can do so no more, and never again in this process."""
 
 
 class Overloaded(Unavailable):

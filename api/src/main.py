@@ -24,7 +24,7 @@ from .routers.limit_headers import LIMIT_HEADERS
 from .routers.middleware import CollapseSlashes, RequestRecord
 from .routers.responses import EXCEPTION_HANDLERS
 from .settings import Settings
-from .shutdown import drain_on_signal
+from .shutdown import EndOfProcess, drain_on_signal
 from .speech.access import Access
 from .speech.service import Qwen3TTSService
 from .stores.digests import BodyDigests
@@ -71,17 +71,22 @@ def create_app(settings: Settings | None = None, *, backend: Backend | None = No
     app.state.log_lines = lines
     app.state.metrics = metrics
     app.state.tracer = tracer
-    app.state.http_policy = _http_policy(settings)
+    digests = BodyDigests([key.get_secret_value() for key in settings.encryption_key])  # while the cache's are made
+    app.state.http_policy = _http_policy(settings, digests)
     app.state.account_breakers = AccountBreakers(settings.account_failures, metrics)
     speaker = Speaker(backend, "It was given.", EMBEDDED_AT_ONCE) if backend else build_speaker(settings)
     app.state.backend_reason = speaker.reason
-    app.state.tts_service = build_service(settings, speaker.backend, metrics, at_once=speaker.at_once)
+    app.state.end_of_process = EndOfProcess(settings.drain_timeout_s)
+    app.state.tts_service = build_service(
+        settings, speaker.backend, metrics, at_once=speaker.at_once, end_process=app.state.end_of_process.begin
+    )
+    digests.wait()
     for module in (openai_compatible, billing, accounts, system):
         app.include_router(module.router)
     return app
 
 
-def _http_policy(settings: Settings) -> HttpPolicy:
+def _http_policy(settings: Settings, digests: BodyDigests) -> HttpPolicy:
     access = Access(
         [(name, key.get_secret_value()) for name, key in settings.api_keys],
         settings.admin_key.get_secret_value() if settings.admin_key else None,
@@ -89,7 +94,6 @@ def _http_policy(settings: Settings) -> HttpPolicy:
         refresh_s=settings.accounts_refresh_s,
         user_header=settings.user_header,
     )
-    digests = BodyDigests([key.get_secret_value() for key in settings.encryption_key])
     return HttpPolicy(access, settings.max_body_bytes, settings.stall_timeout_s, digests.of)
 
 

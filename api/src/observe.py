@@ -249,11 +249,6 @@ class UsageCollector(Collector):
         yield GaugeMetricFamily("tts_usage_memory_events", "Usage events in this process alone", now.memory)
         yield GaugeMetricFamily("tts_usage_dead_letters", "Entries in Redis that no ledger takes", now.dead_letters)
         yield CounterMetricFamily("tts_usage_dropped_events", "Usage events lost for want of room", now.dropped)
-        breaker = GaugeMetricFamily(
-            "tts_usage_breaker", "1 for the state of the breaker between usage events and Redis", labels=["state"]
-        )
-        _add_state(breaker, [], now.breaker)
-        yield breaker
 
 
 class CounterCollector(Collector):
@@ -268,24 +263,20 @@ class CounterCollector(Collector):
 
 
 class BreakerCollector(Collector):
-    """Shows circuit breakers that others keep: `states`, by what each one guards, is set anew before each scrape."""
+    """Shows circuit breakers that others keep: each of `sources` says at each scrape what is guarded, and the state."""
 
     def __init__(self) -> None:
-        self.states: Mapping[str, str] = {}
+        self.sources: list[Callable[[], Mapping[str, str]]] = []
 
     def collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(
             "tts_breaker_state", "Circuit breakers: 1 for the state that each is in", labels=["breaker", "state"]
         )
-        for breaker, now in self.states.items():
-            _add_state(family, [breaker], now)
+        for source in self.sources:
+            for breaker, now in source().items():
+                for state in BREAKER_STATES:
+                    family.add_metric([breaker, state], float(state == now))
         return [family]
-
-
-def _add_state(family: GaugeMetricFamily, labels: list[str], now: str) -> None:
-    """1 for the state that a breaker is in, 0 for the others."""
-    for state in BREAKER_STATES:
-        family.add_metric([*labels, state], float(state == now))
 
 
 class Metrics:

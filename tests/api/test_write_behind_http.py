@@ -85,9 +85,11 @@ def test_metrics_show_what_is_on_its_way(start: Callable[..., Server], shared_re
         ("tts_usage_memory_events",): 0,
         ("tts_usage_dead_letters",): 0,
         ("tts_usage_dropped_events_total",): 0,
-        ("tts_usage_breaker", "closed"): 1,
-        ("tts_usage_breaker", "open"): 0,
-        ("tts_usage_breaker", "half_open"): 0,
+    }
+    breakers = samples(server, "tts_breaker_state")
+    assert {labels[1] for labels in breakers} == {"usage_redis", "usage_ledger", "limits_redis"}
+    assert {labels[1:]: 1 for labels, now in breakers.items() if now} == {
+        (name, "closed"): 1 for name in ("usage_redis", "usage_ledger", "limits_redis")
     }
     with shared_redis.client() as client:
         client.xadd(STREAM, {"nothing": "known"})
@@ -96,6 +98,10 @@ def test_metrics_show_what_is_on_its_way(start: Callable[..., Server], shared_re
 
 def test_without_redis_there_is_nothing_of_it(server: Server) -> None:
     assert samples(server, "tts_usage") == {}
+
+
+def closed(server: Server) -> bool:
+    return samples(server, "tts_breaker_state")["tts_breaker_state", "usage_redis", "closed"] == 1
 
 
 def test_redis_may_die_and_come_back(start: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +116,9 @@ def test_redis_may_die_and_come_back(start: Callable[..., Server], monkeypatch: 
             assert speak(server.client).status_code == 200
         assert time.monotonic() - began < 5
         assert outcomes(server).count("cached") == 5
-        assert samples(server, "tts_usage_breaker")["tts_usage_breaker", "closed"] == 0
+        assert not closed(server)
         redis.start()
-        until(lambda: speak(server.client) and samples(server, "tts_usage_breaker")["tts_usage_breaker", "closed"] == 1)
+        until(lambda: speak(server.client) and closed(server))
         until(lambda: outcomes(server).count("completed") == 1)
 
 

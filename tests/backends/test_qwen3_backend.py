@@ -24,7 +24,7 @@ from api.src.backends.qwen3_tts import Qwen3TTSBackend  # noqa: E402
 from api.src.building import build_service  # noqa: E402
 from api.src.domain import Segment, SpeechRequest, Voice  # noqa: E402
 from api.src.engine.config import ModelConfig  # noqa: E402
-from api.src.engine.loading import SpeechModel  # noqa: E402
+from api.src.engine.loading import Asking, SpeechModel  # noqa: E402
 from api.src.engine.prompt import Prompt, PromptBuilder  # noqa: E402
 from api.src.errors import InvalidRequest, NotReady, ShuttingDown, SynthesisFailed  # noqa: E402
 from api.src.observe import Metrics  # noqa: E402
@@ -249,7 +249,7 @@ async def test_a_designed_voice_goes_on_from_its_first_segment(monkeypatch: pyte
             prompts.append(prompt)
             return build(prompt, *rest, **options)
 
-        monkeypatch.setattr(type(loaded(backend)), "request", watched)
+        monkeypatch.setattr(Asking, "request", watched)
         assert {v.id for v in backend.models[0].voices} == set(backend.models[0].aliases.values()) == {"designed"}
         chunks = await speak(backend, TEXTS, "designed", model=DESIGN, instructions="A calm, warm voice.")
     first, *others = prompts

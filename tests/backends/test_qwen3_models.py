@@ -160,7 +160,7 @@ async def test_who_speaks_is_not_idle() -> None:
             await asyncio.sleep(0.2)
             assert borrowed.engine.running
             async with model.borrow() as same:
-                assert same is borrowed
+                assert same.engine is borrowed.engine
             await asyncio.sleep(0.2)
             assert borrowed.engine.running
         await until_threads(0)

@@ -122,6 +122,9 @@ class CostRunner:
     def release(self, slot: Slot) -> None:
         """Nothing is kept."""
 
+    def check(self) -> None:
+        """Nothing is lost."""
+
     def _made(self, slot: Slot, frames: int) -> int:
         """Frames that the codec makes to get these: at the end of a stream more do no harm."""
         return self._costs.last_chunk(frames) if slot.ends_with(frames) else frames

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from api.src.engine.engine import Engine, Ticket
+from api.src.engine.errors import DeviceLost
 from api.src.engine.messages import Delivery, Limits, Request, Sound
 from api.src.engine.pending import Made, Pending
 from api.src.engine.scheduler import Slot, Work
@@ -71,6 +72,7 @@ class FakeRunner:
 
     def __init__(self, limits: Limits, clock: FakeClock | None = None, *, later: bool = False, **costs: float) -> None:
         self.later = later
+        self.lost = False
         self.limits, self.clock, self.costs = limits, clock, costs
         self.entered: dict[int, Entered] = {}
         self.calls: list[tuple[str, Any]] = []
@@ -117,6 +119,10 @@ class FakeRunner:
     def release(self, slot: Slot) -> None:
         self._expect(self.entered.pop(slot.index, None) is not None, "released twice")
         self._maybe_fail("release", [slot])
+
+    def check(self) -> None:
+        if self.lost:
+            raise DeviceLost("planted")
 
     def _frame(self, entered: Entered) -> int | None:
         self._expect(entered.closed or entered.made < entered.rows, "ran ahead of the text")

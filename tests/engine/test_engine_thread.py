@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 
 import pytest
 
 from api.src.engine.engine import Engine, EngineStopped
+from api.src.engine.errors import DeviceLost
 from api.src.engine.messages import Limits, Request
 from tests.engine.fake_runner import FakeRunner, Listener, Script
 
@@ -187,3 +189,50 @@ def test_a_dying_thread_leaves_nobody_waiting(make_house):
     assert not house.engine.running
     with pytest.raises(EngineStopped):
         house.ask()
+
+
+def test_a_lost_device_ends_the_engine_and_everybody_hears_why(make_house):
+    house = make_house(slots=4)
+    waiting = house.ask(text_open=True, starts_empty=True)
+    harmless = house.ask(Script(fails={"decode"}))
+    assert harmless.wait() == "error"
+    assert house.engine.running, "one request's failure is no death"
+    house.runner.lost = True
+    last = house.ask(Script(fails={"decode"}))
+    assert (last.wait(), waiting.wait()) == ("error", "error")
+    assert isinstance(last.got[-1].error, DeviceLost)
+    assert isinstance(waiting.got[-1].error, DeviceLost)
+    assert house.engine.stop(20)
+    assert isinstance(house.engine.death, DeviceLost)
+    with pytest.raises(EngineStopped):
+        house.ask()
+
+
+@pytest.mark.parametrize(
+    ("script", "lost", "death"),
+    [(Script(), False, type(None)), (Script(), False, EngineStopped), (Script(fails={"decode"}), True, DeviceLost)],
+)
+def test_an_engine_that_has_ended_holds_nothing_and_says_so(script, lost, death):
+    limits, ended, finished = Limits(slots=1, repeat_period=1), threading.Event(), []
+    runner = FakeRunner(limits)
+    runner.lost = lost
+    engine = Engine(runner, limits, finish=lambda: finished.append(threading.current_thread().name))
+    engine.start(ended.set)
+    listener = Heard()
+    if death is EngineStopped:
+        engine._post(lambda steps: die(steps._runner))
+    engine.submit(Request(prompt=script, prompt_tokens=1, max_frames=10), listener)
+    assert listener.over.wait(20)
+    held = weakref.ref(runner)
+    del runner
+    if death is type(None):
+        assert not ended.wait(0.05)
+        assert engine.stop(20)
+    assert ended.wait(20)
+    assert finished == ["engine"]
+    assert isinstance(engine.death, death)
+    assert held() is None, "the listener and the engine are still there, the runner's tensors are not"
+
+
+def die(runner):
+    raise SystemExit("the device has gone")

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from threading import Event
 
@@ -171,3 +173,28 @@ def test_a_voice_is_cloned_on_the_gpu_as_on_the_cpu() -> None:
     assert here.codes is not None
     assert there.codes is not None
     assert torch.equal(here.codes, there.codes.cpu())
+
+
+POISON = """
+import torch
+from api.src.engine.device import require_working
+from api.src.engine.errors import DeviceLost
+device = torch.device("cuda")
+try:
+    torch.empty(10**15, device=device)
+except torch.OutOfMemoryError:
+    require_working(device)
+try:
+    torch.zeros(1, device=device)[torch.tensor([5], device=device)].cpu()
+except RuntimeError:
+    pass
+try:
+    require_working(device)
+except DeviceLost:
+    print("lost")
+"""
+
+
+def test_a_poisoned_context_is_known_as_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", POISON], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["lost"], done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +14,9 @@ import httpx
 import pytest
 
 from api.src.cli import GRACE_S
+from api.src.shutdown import SPENT
 from tests.speech.asking import wait_until
-from tests.speech.launching import Process
+from tests.speech.launching import ROOT, Process
 from tests.speech.textual import pcm_of, sentences
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -129,3 +132,29 @@ def test_an_idle_server_ends_at_once(launch: Callable[..., Process], number: int
         assert process.ended(5) == 0
         assert time.monotonic() - signalled < 2
     process.assert_clean()
+
+
+def test_a_server_that_has_lost_its_device_finishes_and_ends_to_be_started_anew(launch: Callable[..., Process]) -> None:
+    process = launch(0.25)
+    text = sentences(6)
+    running = download(process.url, text)
+    process.popen.send_signal(signal.SIGUSR1)
+    wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 503, 2)
+    assert process.ended(20) == SPENT != 0
+    running.thread.join(20)
+    assert running.content == pcm_of(text)
+    assert "the process ends with status 75, to be started anew" in "".join(process.log)
+    process.assert_clean()
+
+
+def test_an_end_that_does_not_come_is_forced() -> None:
+    program = (
+        "import signal, time\n"
+        "from api.src import shutdown\n"
+        "shutdown.GRACE_S = 0.1\n"
+        "signal.signal(signal.SIGTERM, lambda *_: time.sleep(60))\n"
+        "shutdown.EndOfProcess(0.1).begin()\n"
+    )
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", program], timeout=30, cwd=ROOT).returncode == SPENT
+    assert time.monotonic() - began < 20

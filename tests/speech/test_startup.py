@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,9 @@ from api.src import patience
 from api.src.building import build_service
 from api.src.cli import main
 from api.src.domain import Readiness
-from api.src.errors import NotReady
+from api.src.errors import NeedsNewProcess, NotReady
 from api.src.observe import Metrics
-from api.src.patience import until_it_works
+from api.src.patience import keep_working, until_it_works
 from api.src.settings import Settings
 from api.src.speech.service import Qwen3TTSService
 from api.src.stores.cache import SpeechCache
@@ -47,6 +48,20 @@ class Reluctant(FakeBackend):
         if not self.works.is_set():
             raise self.error
         await super().start()
+
+
+class Mortal(Reluctant):
+    """Ends by itself, with `error`, whenever it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(NotReady(OUT_OF_MEMORY))
+        self.works.set()
+        self.deaths: asyncio.Queue[NotReady] = asyncio.Queue()
+
+    async def died(self) -> NotReady:
+        death = await self.deaths.get()
+        self.ready = False
+        return death
 
 
 @pytest.fixture
@@ -137,9 +152,39 @@ def test_so_is_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         assert speak(server.client).status_code == 200
 
 
-def make_service(folder: Path, backend: FakeBackend, ledger_url: str = "") -> Qwen3TTSService:
+@pytest.mark.usefixtures("impatient")
+def test_a_backend_that_dies_later_is_started_again(tmp_path: Path) -> None:
+    backend = Mortal()
+    with starting(tmp_path, backend) as server:
+        wait_until(lambda: server.client.get("/ready").status_code == 200)
+        assert speak(server.client).status_code == 200
+        for _ in range(2):
+            backend.works.clear()
+            tries = backend.tries
+            server.loop.call_soon_threadsafe(backend.deaths.put_nowait, NotReady("The engine has ended."))
+            wait_until(lambda tries=tries: backend.tries > tries + 2)
+            assert_speaks_not(server, "loading", OUT_OF_MEMORY)
+            backend.works.set()
+            wait_until(lambda: server.client.get("/ready").status_code == 200)
+            assert speak(server.client, "Something else.").status_code == 200
+
+
+async def test_a_backend_that_no_start_helps_ends_the_process(tmp_path: Path) -> None:
+    backend, ended = Mortal(), asyncio.Event()
+    service = make_service(tmp_path, backend, end_process=ended.set)
+    await service.start()
+    await service.wait_ready()
+    backend.deaths.put_nowait(NeedsNewProcess("The device is lost."))
+    await asyncio.wait_for(ended.wait(), 5)
+    assert (service.readiness().ready, service.readiness().reason) == (False, "The device is lost.")
+    assert backend.tries == 1
+    await service.close()
+
+
+def make_service(folder: Path, backend: FakeBackend, ledger_url: str = "", **options: Any) -> Qwen3TTSService:
     url = ledger_url or f"sqlite:///{folder / 'ledger.db'}"
-    return build_service(Settings(_env_file=None, cache_dir=folder / "cache", ledger_url=url), backend, Metrics())
+    settings = Settings(_env_file=None, cache_dir=folder / "cache", ledger_url=url)
+    return build_service(settings, backend, Metrics(), **options)
 
 
 async def test_who_waits_for_it_is_told_what_is_wrong(tmp_path: Path) -> None:
@@ -234,3 +279,28 @@ async def test_a_cancelled_try_is_not_repeated() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert tries == 1
+
+
+@pytest.mark.parametrize(("life_s", "growing"), [(59.0, True), (61.0, False)])
+async def test_pauses_grow_over_short_lives(monkeypatch: pytest.MonkeyPatch, life_s: float, growing: bool) -> None:
+    now, waits = 0.0, []
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    async def start() -> None:
+        if len(waits) == 6:
+            raise NeedsNewProcess("It is enough.")
+
+    async def died() -> NotReady:
+        nonlocal now
+        now += life_s
+        return NotReady("It has ended.")
+
+    monkeypatch.setattr(patience.asyncio, "sleep", sleep)
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now)
+    with pytest.raises(NeedsNewProcess):
+        await keep_working(start, died, works=lambda: None, failed=lambda error, wait: waits.append(wait))
+    longest = [2.0**number if growing else 1.0 for number in range(6)]
+    assert all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True))

@@ -87,16 +87,16 @@ async def test_a_dead_redis_opens_the_breaker_and_events_go_straight_to_the_data
         await tell_all(ledger, names("before", 2))
         mortal_redis.kill()
         for number in range(3):
-            assert ledger.backlog().breaker == "closed"
+            assert ledger.breakers()["usage_redis"] == "closed"
             await tell(ledger, free_event(f"during{number}"))
             assert books.told() == names("during", number + 1)
-        assert ledger.backlog().breaker != "closed"
+        assert ledger.breakers()["usage_redis"] != "closed"
         await tell_all(ledger, names("later", 20))
         assert books.told() == names("during", 3) + names("later", 20)
         mortal_redis.start()
         await asyncio.sleep(0.25)
         await tell(ledger, free_event("probe"))
-        await eventually(lambda: ledger.backlog().breaker == "closed")
+        await eventually(lambda: ledger.breakers()["usage_redis"] == "closed")
         told = len(books.told())
         await tell(ledger, free_event("after"))
         assert len(books.told()) == told
@@ -115,7 +115,7 @@ async def test_a_redis_that_refuses_is_as_bad_as_none(tmp_path: Path, redis: Red
             client.config_set("maxmemory", 1)  # reading goes on
             await tell_all(ledger, names("r", 5))
             assert books.told() == names("r", 5)
-            assert ledger.backlog().breaker != "closed"
+            assert ledger.breakers()["usage_redis"] != "closed"
 
 
 async def test_what_a_silent_redis_has_taken_after_all_is_told_once(tmp_path: Path, redis: RedisServer):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
+from ..errors import NotReady
 
 
 class Backend(Protocol):
     """Something that can speak.
 
     `start` returns once the backend has spoken a first real sound; until then `readiness` says the phase. It may be
-    called again after it has failed.
+    called again after it has failed, and is to be after the backend has `died`.
     `models` is meaningful after `start`. A request comes with every name resolved to what `models` said.
     """
 
@@ -26,6 +28,10 @@ class Backend(Protocol):
     def readiness(self) -> Readiness: ...
 
     async def start(self) -> None: ...
+
+    async def died(self) -> NotReady:
+        """Wait until the backend can speak no more and does not mend itself; NeedsNewProcess where no start helps."""
+        ...
 
     async def stop(self) -> None:
         """End every process and thread of the backend; running `speak` calls fail."""
@@ -54,3 +60,9 @@ class Backend(Protocol):
     def breakers(self) -> Mapping[str, str]:
         """The states of its circuit breakers (closed, half_open, open), by what they guard; empty where it has none."""
         ...
+
+
+async def never() -> NoReturn:
+    """Wait for ever: for backends that mend themselves."""
+    while True:
+        await asyncio.Event().wait()

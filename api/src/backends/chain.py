@@ -1,8 +1,8 @@
 """Several backends as one: who is asked first, and who speaks where that one cannot.
 
 Owns the order alone. Who speaks a request is settled when its names are resolved, before anything is looked up in the
-cache: the model that was found says whose it is. From then on nobody else takes over, so that no cached sound and no
-response is ever of two backends.
+cache: the model that was found says whose it is. Nobody takes over from there, so that no cached sound and no response
+is ever of two backends; where a member turns out to be away before its first sound, the names are resolved once more.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
-from ..errors import NotReady
-from ..patience import FIRST_PAUSE_S, until_it_works
+from ..errors import NeedsNewProcess, NotReady
+from ..patience import FIRST_PAUSE_S, keep_working
 from .base import Backend
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ class Chain:
             raise ValueError("the members of a chain need names of their own")
         self.name = ",".join(self._members)
         self._started: set[str] = set()
-        self._retrying: list[asyncio.Task[None]] = []
+        self._keeping: list[asyncio.Task[None]] = []
+        self._spent: NeedsNewProcess | None = None
+        self._over = asyncio.Event()
 
     @property
     def models(self) -> Sequence[Model]:
@@ -47,21 +49,28 @@ class Chain:
         return Readiness(False, next(iter(each.values())).phase, reason)
 
     async def start(self) -> None:
-        """Start all at once. Those that fail are tried again in the background; raises NotReady if none can speak."""
-        waiting = [member for name, member in self._members.items() if name not in self._started]
-        await asyncio.gather(*map(self._start, waiting))
+        """Start all at once. Those that fail, or die later, are started again in the background.
+
+        Raises NotReady if none can speak.
+        """
+        failures = await asyncio.gather(*map(self._start, self._members.values()))
         if not self._started:
-            raise NotReady(self.readiness().reason)
-        self._retrying = [
-            asyncio.create_task(self._keep_starting(member), name=f"start {name}")
-            for name, member in self._members.items()
-            if name not in self._started
+            spent = next((error for error in failures if isinstance(error, NeedsNewProcess)), None)
+            raise spent or NotReady(self.readiness().reason)
+        self._keeping = [
+            asyncio.create_task(self._keep(member), name=f"keep {name}") for name, member in self._members.items()
         ]
 
+    async def died(self) -> NotReady:
+        """Wait until a member that has spoken, or without which nobody speaks, needs a new process."""
+        await self._over.wait()
+        assert self._spent is not None
+        return self._spent
+
     async def stop(self) -> None:
-        for task in self._retrying:
+        for task in self._keeping:
             task.cancel()
-        await asyncio.gather(*self._retrying, return_exceptions=True)
+        await asyncio.gather(*self._keeping, return_exceptions=True)
         await asyncio.gather(*(member.stop() for member in self._members.values()))
 
     async def speak(
@@ -84,24 +93,42 @@ class Chain:
     def _ready(self) -> list[Backend]:
         return [member for member in self._members.values() if member.readiness().ready]
 
-    async def _start(self, member: Backend) -> None:
+    async def _start(self, member: Backend) -> Exception | None:
         try:
             await member.start()
         except Exception as error:  # the others speak all the same
             _log_failure(member, error)
-        else:
+            return error.with_traceback(None)
+        self._started.add(member.name)
+        return None
+
+    async def _keep(self, member: Backend) -> None:
+        running = member.name in self._started
+        if not running:  # the first failure was just now
+            await asyncio.sleep(FIRST_PAUSE_S)
+
+        def works() -> None:
+            if member.name not in self._started:
+                logger.info("the %s backend has started after all", member.name)
             self._started.add(member.name)
 
-    async def _keep_starting(self, member: Backend) -> None:
-        # The first failure was just now.
-        await asyncio.sleep(FIRST_PAUSE_S)
-        await until_it_works(member.start, failed=lambda error, _: _log_failure(member, error))
-        self._started.add(member.name)
-        logger.info("the %s backend has started after all", member.name)
+        try:
+            await keep_working(
+                member.start,
+                member.died,
+                works=works,
+                failed=lambda error, _: _log_failure(member, error),
+                running=running,
+            )
+        except NeedsNewProcess as error:
+            _log_failure(member, error)
+            if member.name in self._started or not self._ready():  # else the others' speech is not worth a new try
+                self._spent = NeedsNewProcess(error.message)
+                self._over.set()
 
 
 def _log_failure(member: Backend, error: Exception) -> None:
     if isinstance(error, NotReady):
-        logger.warning("the %s backend does not start: %s", member.name, error.message)
+        logger.warning("the %s backend does not speak: %s", member.name, error.message)
     else:
-        logger.error("the %s backend does not start", member.name, exc_info=error)
+        logger.error("the %s backend does not speak", member.name, exc_info=error)

@@ -21,6 +21,7 @@ import numpy as np
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Samples, Segment, SpeechRequest, Voice
 from ..errors import NotReady, SpeechError, SynthesisFailed
 from . import embedded_amounts, embedded_worker
+from .base import never
 from .workers import WorkerPool, python_module
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,10 @@ class EmbeddedBackend:
         self._models = (_model(engines),)
         self._speakers = {speaker.id: speaker for speaker in SPEAKERS if speaker.engine in engines}
         self._phase = Readiness(True, "ready")
+
+    async def died(self) -> NotReady:
+        """Never: processes that end are replaced."""
+        return await never()
 
     async def stop(self) -> None:
         """End all worker processes; running `speak` calls raise ShuttingDown."""

@@ -6,10 +6,11 @@ Owns when weights, the CPU's kernel and the engine's thread come and go. What is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import filecmp
+import gc
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Literal
 
@@ -18,19 +19,20 @@ import torch
 from ..domain import ModelStats
 from ..engine.codec import CodecDecoder
 from ..engine.config import ModelConfig
-from ..engine.errors import EngineError
+from ..engine.device import require_working
+from ..engine.errors import DeviceLost, EngineError
 from ..engine.form_choice import choose_form
 from ..engine.forms import cache_folders
 from ..engine.linear import Form
-from ..engine.loading import SpeechModel, load_model, narrow_codec
+from ..engine.loading import Asking, SpeechModel, load_model, narrow_codec
 from ..engine.messages import Limits
 from ..engine.native.check import find
 from ..engine.native.library import user_folder
 from ..engine.native.products import Native
-from ..errors import NotReady, SynthesisFailed
+from ..errors import NeedsNewProcess, NotReady, SynthesisFailed
 from . import qwen3_checkpoint, qwen3_memory
 from .qwen3_progress import WeightsProgress
-from .qwen3_speech import POSITIONS, warm_up
+from .qwen3_speech import POSITIONS, told_of, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Qwen3Model:
 
     `cpu_weights`: the form of the weights on a CPU, where "auto" takes a second's measurement the first time.
     `unload_after_s`: seconds without a borrower after which its memory is given back; 0 for never.
+    `on_fault` is called when there may be a `fault`.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Qwen3Model:
         cpu_weights: AskedForm,
         codecs: Codecs,
         unload_after_s: float = 0.0,
+        on_fault: Callable[[], None] = lambda: None,
     ) -> None:
         """Raises EngineError if the folder is no checkpoint."""
         self.folder = folder
@@ -102,10 +106,12 @@ class Qwen3Model:
         self._timer: asyncio.TimerHandle | None = None
         self._ending: SpeechModel | None = None
         self._before = ModelStats()  # of engines that have ended
+        self._on_fault = on_fault
+        self._lost: NeedsNewProcess | None = None
 
-    @asynccontextmanager
-    async def borrow(self) -> AsyncIterator[SpeechModel]:
-        """The loaded model, which stays while it is borrowed.
+    @contextlib.asynccontextmanager
+    async def borrow(self) -> AsyncIterator[Asking]:
+        """The loaded model, which stays while it is borrowed, unless its engine dies.
 
         Raises:
             NotReady: it cannot be loaded. The next borrower tries again.
@@ -114,17 +120,19 @@ class Qwen3Model:
         if self._timer is not None:
             self._timer.cancel()
         try:
-            yield await self._load()
+            yield (await self._load()).asking
         finally:
             self._borrowers -= 1
             if not self._borrowers and self._unload_after_s:
                 self._timer = asyncio.get_running_loop().call_later(self._unload_after_s, self._start_unloading)
 
     @property
-    def broken(self) -> bool:
-        """Whether it is loaded, and its engine has died."""
+    def fault(self) -> NotReady | None:
+        """What keeps it from speaking until it is unloaded: its engine has died. Or its device is lost, for good."""
         loaded = self._loaded()
-        return loaded is not None and not loaded.engine.running
+        if loaded is not None and loaded.engine.death is not None:
+            return told_of(loaded.engine.death)
+        return self._lost
 
     def stats(self) -> ModelStats:
         """What the engine does now, and what it and those before it have done."""
@@ -153,9 +161,12 @@ class Qwen3Model:
         task = self._loading
         try:
             return await asyncio.shield(task)  # a borrower who leaves does not stop it: others may wait for it
-        except NotReady:
+        except NotReady as error:
             if self._loading is task:
                 self._loading = None
+            if isinstance(error, NeedsNewProcess):
+                self._lost = NeedsNewProcess(error.message)
+                self._on_fault()
             raise
 
     async def _load_and_try(self) -> SpeechModel:
@@ -163,18 +174,25 @@ class Qwen3Model:
             await asyncio.wait([self._unloading])
         try:
             model = await asyncio.to_thread(self._read)
-            model.engine.start()
+            model.engine.start(_on_loop(self._on_fault))
             await self._speak_once(model)
         except (EngineError, SynthesisFailed) as error:
             raise NotReady(str(error)) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise NotReady(f"There is not enough memory for {self.folder.name}.") from error
         except (OSError, RuntimeError) as error:  # a disk's, a driver's
+            await self._require_device()
             raise NotReady(f"{self.folder.name} cannot be used on {self._device}: {error}") from error
         arenas = f"{model.steps.nbytes / 1e9:.2f} GB for {model.engine.slots} slots"
         how = [arenas, model.steps.describe(), *([f"weights in {self.served.weights}"] if self.served.weights else [])]
         logger.info("%s is loaded on %s: %s", self.served.id, self._device, ", ".join(how))
         return model
+
+    async def _require_device(self) -> None:
+        try:
+            await asyncio.to_thread(require_working, self._device)
+        except DeviceLost as error:
+            raise told_of(error) from error
 
     def _form(self, asked: AskedForm, device: str, dtype: str) -> tuple[Form, str]:
         """The form of the weights and, where there is a choice, what it is and why."""
@@ -262,6 +280,8 @@ class Qwen3Model:
         if not await asyncio.to_thread(model.engine.stop, STOP_S):
             logger.error("the engine's thread did not end within %s s", STOP_S)
         self._before, self._ending = ModelStats().after(_stats(model).after(self._before)), None
+        del model, loading
+        await asyncio.to_thread(_collect)
         logger.info("%s is unloaded", self.served.id)
 
 
@@ -276,6 +296,25 @@ def _stats(model: SpeechModel) -> ModelStats:
         finished={str(reason): count for reason, count in now.finished.items()},
         uncaptured=model.steps.missed,
     )
+
+
+def _on_loop(call: Callable[[], None]) -> Callable[[], None]:
+    """For other threads: `call` on this event loop, if that still runs."""
+    loop = asyncio.get_running_loop()
+
+    def post() -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(call)
+
+    return post
+
+
+def _collect() -> None:
+    """Give back what nobody holds any more: torch keeps a GPU's memory for itself, where it does not count as free."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with contextlib.suppress(RuntimeError):  # a device that is lost
+            torch.cuda.empty_cache()
 
 
 def _same_files(one: Path, other: Path) -> bool:

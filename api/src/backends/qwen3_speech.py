@@ -16,11 +16,11 @@ import numpy as np
 
 from ..domain import AudioChunk, Segment, SpeechRequest, Voice
 from ..engine.engine import Engine, Ticket
-from ..engine.errors import PromptTooLong
-from ..engine.loading import SpeechModel
+from ..engine.errors import DeviceLost, PromptTooLong
+from ..engine.loading import Asking
 from ..engine.messages import Delivery, EngineStopped, FinishReason, Request
 from ..engine.prompt import Prompt, Reference
-from ..errors import InvalidRequest, ShuttingDown, SynthesisFailed
+from ..errors import InvalidRequest, NeedsNewProcess, NotReady, ShuttingDown, SynthesisFailed
 from ..observe import detail
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ WARM_UP_FRAMES = 8
 
 
 async def speak(
-    model: SpeechModel, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]
+    model: Asking, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]
 ) -> AsyncGenerator[AudioChunk, None]:
     """Yield each segment's sound as it is made. The next segment is spoken while the last is consumed.
 
-    Raises SynthesisFailed, ShuttingDown, InvalidRequest.
+    Raises SynthesisFailed, NotReady, ShuttingDown, InvalidRequest.
     """
     utterances = Utterances(model, request, voice, segments)
     following = asyncio.create_task(utterances.begin())
@@ -67,7 +67,7 @@ async def speak(
         utterances.cancel()
 
 
-async def warm_up(model: SpeechModel, voice: Voice) -> None:
+async def warm_up(model: Asking, voice: Voice) -> None:
     """Speak a word to nobody."""
     request = model.request(_prompt(WARM_UP, voice), model.sampling(0), WARM_UP_FRAMES)
     utterance = Utterance(model, request, WARM_UP)
@@ -78,8 +78,8 @@ async def warm_up(model: SpeechModel, voice: Voice) -> None:
 class Utterance:
     """One segment at the engine. Made and used on an event loop."""
 
-    def __init__(self, model: SpeechModel, request: Request, segment: Segment) -> None:
-        """Raises ShuttingDown."""
+    def __init__(self, model: Asking, request: Request, segment: Segment) -> None:
+        """Raises NotReady, ShuttingDown."""
         self.segment, self.ended = segment, asyncio.Event()
         self._sample_rate = model.sample_rate
         self._codes: list[np.ndarray] = []
@@ -101,7 +101,7 @@ class Utterance:
             self.ended.set()
 
     async def chunk(self) -> AudioChunk | None:
-        """The next sound; None at the end. Raises SynthesisFailed, ShuttingDown."""
+        """The next sound; None at the end. Raises SynthesisFailed, NotReady, ShuttingDown."""
         if self._taken:  # the engine hears of it when more is wanted
             self._ticket.taken(self._taken)
             self._taken = 0
@@ -114,7 +114,7 @@ class Utterance:
                 return AudioChunk(delivery.sound.samples, self._sample_rate, self.segment)
         return None
 
-    async def continuation(self, model: SpeechModel) -> Reference | None:
+    async def continuation(self, model: Asking) -> Reference | None:
         """The voice of this segment once it has been spoken; None if it had no sound."""
         await self.ended.wait()
         return model.continuing(np.concatenate(self._codes), self.segment.text) if self._codes else None
@@ -129,9 +129,7 @@ class Utterances:
     A designed voice would be another one in each segment: all but the first go on from the first.
     """
 
-    def __init__(
-        self, model: SpeechModel, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]
-    ) -> None:
+    def __init__(self, model: Asking, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]) -> None:
         self._model, self._request, self._voice, self._segments = model, request, voice, segments
         self._begun: list[Utterance] = []
 
@@ -166,6 +164,8 @@ def _check(delivery: Delivery) -> None:
         raise ShuttingDown("The server is shutting down.")
     if isinstance(delivery.error, PromptTooLong):  # segments are short: what is left are the instructions
         raise InvalidRequest("The instructions are too long for this model.", param="instructions")
+    if isinstance(delivery.error, EngineStopped | DeviceLost):
+        raise told_of(delivery.error)
     if reason not in (None, "stop", "length"):
         raise SynthesisFailed(f"The speech could not be generated ({reason}).") from delivery.error
 
@@ -174,7 +174,14 @@ def _submit(engine: Engine, request: Request, utterance: Utterance) -> Ticket:
     try:
         return engine.submit(request, utterance.deliver)
     except EngineStopped:
-        raise ShuttingDown("The server is shutting down.") from None
+        raise told_of(engine.death) if engine.death else ShuttingDown("The server is shutting down.") from None
+
+
+def told_of(death: EngineStopped | DeviceLost) -> NotReady:
+    """What an engine's death means for who asks it."""
+    if isinstance(death, DeviceLost):
+        return NeedsNewProcess("The device takes no more work from this server, which ends to be started anew.")
+    return NotReady("The engine has ended, and is started again.")
 
 
 def _prompt(

@@ -51,14 +51,15 @@ class Qwen3TTSBackend:
         self._phase = Readiness(False, "starting")
         self._models: dict[str, Qwen3Model] = {}
         self._tokenizer: TextTokenizer | None = None
+        self._look = asyncio.Event()  # whether a checkpoint has a fault
 
     @property
     def models(self) -> Sequence[Model]:
         return [model.served for model in self._models.values()]
 
     def readiness(self) -> Readiness:
-        if self._phase.ready and any(model.broken for model in self._models.values()):
-            return Readiness(False, "failed", "The engine has ended. See the log.")
+        if self._phase.ready and (fault := self._fault()):
+            return Readiness(False, "failed", fault.message)
         return self._phase
 
     def stats(self) -> Mapping[str, ModelStats]:
@@ -69,15 +70,25 @@ class Qwen3TTSBackend:
         return {}
 
     async def start(self) -> None:
-        """Fetch and load every checkpoint, and speak once with each; raises NotReady when one cannot be used."""
+        """Fetch and load every checkpoint, and speak once with each; raises NotReady when one cannot be used.
+
+        After a death, only those whose engine has ended are loaded again, and the others speak on.
+        """
         try:
-            await self._start()
+            await (self._revive() if self._models else self._start())
         except Exception as error:
             reason = error.message if isinstance(error, NotReady) else "It cannot be started. See the log."
             self._phase = Readiness(False, "failed", reason)
             await self._unload()  # the memory of what was loaded already, which another try needs
             raise
         self._phase = Readiness(True, "ready")
+
+    async def died(self) -> NotReady:
+        """Wait until an engine has ended by itself, or its device is lost."""
+        while (fault := self._fault()) is None:
+            self._look.clear()
+            await self._look.wait()
+        return fault
 
     async def stop(self) -> None:
         """End the engines' threads; running `speak` calls raise ShuttingDown."""
@@ -117,6 +128,17 @@ class Qwen3TTSBackend:
             async with model.borrow() as loaded:
                 self._tokenizer = self._tokenizer or loaded.tokenizer  # all have the same vocabulary
 
+    async def _revive(self) -> None:
+        for model in self._models.values():
+            if fault := model.fault:
+                self._phase = Readiness(False, "loading", f"{model.served.id}: {fault.message}")
+                await model.unload()  # first: there may not be memory for two
+                async with model.borrow():
+                    pass
+
+    def _fault(self) -> NotReady | None:
+        return next((fault for model in self._models.values() if (fault := model.fault)), None)
+
     async def _unload(self) -> None:
         await asyncio.gather(*(model.unload() for model in self._models.values()))
         self._models, self._tokenizer = {}, None
@@ -139,6 +161,7 @@ class Qwen3TTSBackend:
                 cpu_weights=self._cpu_weights,
                 codecs=codecs,
                 unload_after_s=self._unload_after_s,
+                on_fault=self._look.set,
             )
         except EngineError as error:
             raise NotReady(str(error)) from error

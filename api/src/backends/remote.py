@@ -18,6 +18,7 @@ from ..breaker import Breaker
 from ..domain import AudioChunk, Model, ModelStats, Readiness, Segment, SpeechRequest, Voice
 from ..errors import NotReady, ShuttingDown, UpstreamFailed, UpstreamUnavailable
 from . import remote_lists
+from .base import never
 from .remote_client import Client, Remote
 from .remote_faults import Fault
 
@@ -87,6 +88,10 @@ class RemoteBackend:
             await self._look()
         if self._fault is not None:
             raise NotReady(self._fault.error.message)
+
+    async def died(self) -> NotReady:
+        """Never: the remote server is asked again for ever."""
+        return await never()
 
     async def stop(self) -> None:
         """End every request to the remote server; running `speak` calls raise ShuttingDown."""

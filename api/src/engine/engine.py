@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from .errors import DeviceLost
 from .messages import Delivery, EngineStopped, FinishReason, Limits, Request, Stats
 from .scheduler import Job
 from .steps import Runner, SilentTail, Stepper, silent_tail
@@ -65,7 +67,8 @@ class Engine:
     """Runs a runner. `start` gives it its thread; without one, tests call `step` themselves.
 
     `silent_tail(samples, frames)` says how many frames at the end of a chunk are silent. `prepare` is called first in
-    the thread, and `finish` last.
+    the thread, and `finish` at its end, when the runner is dropped: whoever still holds a dead engine holds no weights.
+    `death`: what ended it, if nobody stopped it.
     """
 
     def __init__(
@@ -85,14 +88,15 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._busy = False
+        self.death: EngineStopped | DeviceLost | None = None
 
     # --- for other threads ---
 
-    def start(self) -> None:
-        """Start the thread. It can be started once."""
+    def start(self, ended: Callable[[], object] = lambda: None) -> None:
+        """Start the thread. It can be started once. `ended` is its last act."""
         if self._thread is not None or self._stopping:
             raise EngineStopped("an engine can be started once")
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._live, args=(ended,), name="engine", daemon=True)
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> bool:
@@ -149,6 +153,17 @@ class Engine:
 
     # --- the engine's thread ---
 
+    def _live(self, ended: Callable[[], object]) -> None:
+        try:
+            self._loop()
+        finally:
+            try:
+                self._finish()
+                self._prepare = self._finish = lambda: None
+                self._stepper.let_go()
+            finally:
+                ended()
+
     def _loop(self) -> None:
         try:
             self._prepare()
@@ -156,11 +171,11 @@ class Engine:
                 self.step()
         except BaseException as error:
             _log.critical("the engine's thread has died", exc_info=True)
-            self._end_all("error", EngineStopped(f"the engine has died: {error!r}"))
+            self.death = error if isinstance(error, DeviceLost) else EngineStopped(f"the engine has died: {error!r}")
+            _forget_frames(error)
+            self._end_all("error", self.death)
         else:
             self._end_all("cancelled")
-        finally:
-            self._finish()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do. False: the engine is to stop."""
@@ -183,3 +198,12 @@ class Engine:
             self._inbox.clear()
         for job in list(self._stepper.jobs):
             self._stepper.finish(job, reason, error=error)
+
+
+def _forget_frames(error: BaseException) -> None:
+    """What an exception's frames hold, and those of the exceptions behind it: tensors, and whoever owns them."""
+    following: BaseException | None = error
+    while following is not None:
+        traceback.clear_frames(following.__traceback__)
+        following.__traceback__ = None
+        following = following.__context__

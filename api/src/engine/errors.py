@@ -13,3 +13,7 @@ class PromptTooLong(EngineError):
 
 class CheckpointError(EngineError):
     """A checkpoint that cannot be used: a missing file, another architecture, a missing or damaged tensor."""
+
+
+class DeviceLost(Exception):
+    """The device takes no more work from this process, whoever asks: only a process of its own can go on."""

@@ -44,17 +44,14 @@ _CPU_PROMPT_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class SpeechModel:
-    """A loaded checkpoint, its `engine` not started yet. Whoever has another one can share `codec`."""
+class Asking:
+    """What it takes to ask a loaded checkpoint for speech. It holds no weights once the `engine` has ended, so that who
+    is slow to leave keeps no memory from those that are loaded next."""
 
     config: ModelConfig
     tokenizer: TextTokenizer
-    codec: CodecDecoder
     codec_config: CodecConfig
     engine: Engine
-    steps: Steps
-    speaker_encoder: SpeakerEncoder | None = None
-    codec_encoder: CodecEncoder | None = None
 
     @property
     def sample_rate(self) -> int:
@@ -73,6 +70,25 @@ class SpeechModel:
         rows = _TEMPLATE_ROWS + clip + sum(len(self.tokenizer.ids(text)) for text in texts)
         return Request(prompt=prompt, sampling=sampling, prompt_tokens=rows, max_frames=max_frames, **options)
 
+    def continuing(self, codes: NDArray[np.int64], text: str) -> Reference:
+        """The voice of what was spoken before: the codes (F, C) that were delivered for `text`."""
+        return Reference(None, torch.from_numpy(codes), text)
+
+
+@dataclass(frozen=True)
+class SpeechModel(Asking):
+    """A loaded checkpoint, its `engine` not started yet. Whoever has another one can share `codec`."""
+
+    codec: CodecDecoder
+    steps: Steps
+    speaker_encoder: SpeakerEncoder | None = None
+    codec_encoder: CodecEncoder | None = None
+
+    @property
+    def asking(self) -> Asking:
+        """For those who only ask."""
+        return Asking(self.config, self.tokenizer, self.codec_config, self.engine)
+
     def clone(self, samples: NDArray[np.float32], text: str = "") -> Reference:
         """The voice of a clip: samples (L,) at speaker_encoder_config.sample_rate. With its `text`, in context.
 
@@ -84,10 +100,6 @@ class SpeechModel:
         clip = torch.from_numpy(samples)
         embedding = self.speaker_encoder.embed(clip)
         return Reference(embedding, self.codec_encoder.encode(clip) if text else None, text)
-
-    def continuing(self, codes: NDArray[np.int64], text: str) -> Reference:
-        """The voice of what was spoken before: the codes (F, C) that were delivered for `text`."""
-        return Reference(None, torch.from_numpy(codes), text)
 
 
 P = ParamSpec("P")
@@ -170,7 +182,6 @@ def load_model(
     return SpeechModel(
         model.config,
         tokenizer,
-        codec,
         codec_config,
         Engine(
             TorchRunner(steps, builder),
@@ -178,6 +189,7 @@ def load_model(
             prepare=partial(_prepare, steps, torch.get_num_threads()),
             finish=native.close if native else lambda: None,
         ),
+        codec,
         steps,
         SpeakerEncoder.load(folder, device) if clones else None,
         CodecEncoder.load(folder, device) if clones else None,

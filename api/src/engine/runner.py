@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .device import require_working
 from .device_steps import Steps
 from .lanes import arriving
 from .messages import Sound
@@ -118,6 +119,10 @@ class TorchRunner:
         """As Runner.release."""
         self._slots.leave(slot.index)
         self._pads.pop(slot.index, None)
+
+    def check(self) -> None:
+        """As Runner.check."""
+        require_working(self._codes.device)
 
 
 def _sounds(order: Sequence[int], frames: Sequence[int], *made: Tensor) -> list[Sound]:

@@ -67,6 +67,10 @@ class Runner(Protocol):
         """Forget the slot, whatever state it is in."""
         ...
 
+    def check(self) -> None:
+        """Asked after a call has failed: raises DeviceLost where all later ones would fail too."""
+        ...
+
 
 Commit = Callable[[], None]
 """What is left to do when a result is there; it waits for it."""
@@ -79,7 +83,7 @@ class Stepper:
         self.scheduler = Scheduler(limits)
         self.jobs: dict[Job, None] = {}
         self.frames = 0
-        self._runner = runner
+        self._runner: Runner = runner
         self._clock = clock
         self._silent_tail = silent_tail
         self._behind: list[Commit] = []  # of the last step: its bulk
@@ -117,10 +121,16 @@ class Stepper:
         """As Scheduler.taken."""
         self.scheduler.taken(job, frames)
 
+    def let_go(self) -> None:
+        """Drop the runner, and all memory with it, once every job has ended; there is no step after that."""
+        assert not self.jobs
+        del self._runner
+        self._behind = []
+
     # --- a step ---
 
     def step(self) -> bool:
-        """Schedule, run, commit. Whether there was something to run."""
+        """Schedule, run, commit. Whether there was something to run. Raises DeviceLost."""
         started = self._clock()
         for job in self.scheduler.expired(started):
             self.finish(job, "deadline")
@@ -217,6 +227,7 @@ class Stepper:
             _log.warning("a request was refused: %s", error)
         else:
             _log.error("a step failed for %d requests", len(slots), exc_info=error)
+            self._runner.check()
         error.with_traceback(None)  # whoever keeps the error shall not keep the step's tensors
         for slot in slots:
             self.finish(slot.job, "error", error=error)

@@ -46,7 +46,6 @@ async def metrics(request: Request, service: Service) -> Response:
     shown.running.set(service.admission.running)
     shown.waiting.set(service.admission.waiting)
     shown.engines.stats = service.backend.stats()
-    shown.breakers.states = service.backend.breakers()
     shown.ready.set(service.readiness().ready)
     shown.lines_dropped.count = request.app.state.log_lines.dropped
     return Response(generate_latest(shown.registry), media_type=CONTENT_TYPE_LATEST)

@@ -5,7 +5,7 @@ Resolves names to what the backend serves; knows nothing of requests or sound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from ..backends.base import Backend
@@ -84,9 +84,12 @@ class Catalogue:
         """Every model id that is served now: OpenAI's names, then native ids."""
         return list(dict.fromkeys([*OPENAI_MODELS, *(model.id for model in self._loaded())]))
 
-    def resolve(self, model: str, voice: str) -> tuple[Model, Voice]:
-        """Who answers to these two names together; InvalidRequest if either is unknown, or the pair is not served."""
-        candidates = self._candidates(model)
+    def resolve(self, model: str, voice: str, without: Set[str] = frozenset()) -> tuple[Model, Voice]:
+        """Who answers to these two names together, of all backends of a chain but those `without`.
+
+        Raises InvalidRequest if either is unknown, or the pair is not served.
+        """
+        candidates = [known for known in self._candidates(model) if known.backend not in without]
         for candidate in candidates:
             if found := _voice_of(candidate, voice):
                 return candidate, found

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..domain import Outcome, SpeechChunk, UsageEvent
-from ..errors import ShuttingDown, SpeechError, TimedOut
+from ..errors import NotReady, ShuttingDown, SpeechError, TimedOut, UpstreamUnavailable
 from ..observe import Metrics, RequestLog, detail, request_log, span
 from ..stores.ledger import Hold, IdempotencyKey, Ledger
 from .gate import Standing, Turn
@@ -44,6 +44,10 @@ class Listener:
     `start` then iterate `chunks`; `close` at any time, from any state, gives everything back in a task of
     the service (an `await` in the `finally` of a response would be cancelled again by the hang-up).
     The request's log line gets the model, the cache status, when the first sound came, and how much there was.
+
+    Whom the script names may turn out to be away. Before the first sound `find_other` is asked for a script of somebody
+    else's, with the names of those who were tried; all that depends on who speaks (cache key, price, headers) is then
+    that one's.
     """
 
     def __init__(
@@ -53,10 +57,11 @@ class Listener:
         turn: Turn | None,
         find_source: Callable[[Script], Awaitable[tuple[Source, CacheStatus]]],
         ledger: Ledger,
-        price: Callable[[int, bool], int],
+        find_other: Callable[[frozenset[str]], Script | None],
+        price: Callable[[Script, int, bool], int],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         metrics: Metrics,
-        input_tokens: int,
+        input_tokens: Callable[[Script], int],
         timeout_s: float,
         on_close: Callable[[Listener], None],
     ) -> None:
@@ -64,12 +69,13 @@ class Listener:
         self.cache_status: CacheStatus = "bypass"
         self._turn = turn
         self._gate = AsyncExitStack()
-        self._find_source = find_source
+        self._find_source, self._find_other = find_source, find_other
+        self._tried: frozenset[str] = frozenset()
         self._ledger = ledger
         self._price = price
         self._spawn = spawn
         self._metrics = metrics
-        self._input_tokens = input_tokens
+        self._count_tokens, self._input_tokens = input_tokens, input_tokens(script)
         self._timeout_s = timeout_s
         self._on_close = on_close
         self._log = request_log.get(RequestLog())
@@ -95,12 +101,10 @@ class Listener:
             async with asyncio.timeout(self._timeout_s):
                 if self._turn is not None:
                     await self._gate.enter_async_context(self._turn)
-                self._source, self.cache_status = await self._find_source(self.script)
-                self._log.fields["cache"] = self.cache_status
-                with span("ledger hold"):
-                    self._hold = await self._stack.enter_async_context(self._hold_price())
-                detail(_log, "price held", micros=self._hold.micros, ms=self._ms)
-                await self._source.sounding()
+                await self._listen()
+                while (absence := await self._absence()) is not None:
+                    await self._turn_to_another(absence)
+                    await self._listen()
         except TimeoutError:
             raise TimedOut("No sound within the time limit.") from None
         except asyncio.CancelledError:
@@ -108,9 +112,43 @@ class Listener:
             raise
         finally:
             self._starting = None
+            if self._source is not None:
+                self._metrics.speech.labels(self.cache_status).inc()
             if self._closed:
                 self._leave()
         self._note_first_sound(self._log.seconds)
+
+    async def _listen(self) -> None:
+        self._source, self.cache_status = await self._find_source(self.script)
+        self._log.fields["cache"] = self.cache_status
+        with span("ledger hold"):
+            self._hold = await self._stack.enter_async_context(self._hold_price())
+        detail(_log, "price held", micros=self._hold.micros, ms=self._ms)
+
+    async def _absence(self) -> NotReady | UpstreamUnavailable | None:
+        """Wait for the first sound: None; or for the news that who should speak cannot be had."""
+        assert self._source is not None
+        try:
+            await self._source.sounding()
+        except (NotReady, UpstreamUnavailable) as error:
+            return error
+        return None
+
+    async def _turn_to_another(self, absence: NotReady | UpstreamUnavailable) -> None:
+        """Give back what was borrowed for the script, and take the next one; raises `absence` where there is none."""
+        tried = self.script.request.backend
+        self._tried |= {tried}
+        other = self._find_other(self._tried)
+        if other is None:
+            raise absence
+        assert self._source is not None
+        self._source.detach()
+        self._source = self._hold = None
+        given_back, self._stack = self._spawn(self._stack.aclose()), AsyncExitStack()
+        self.script, self._input_tokens = other, self._count_tokens(other)
+        self._log.fields["model"] = other.request.model
+        _log.info("the %s backend cannot be had, %s is asked: %s", tried, other.request.backend, absence.code)
+        await asyncio.shield(given_back)
 
     async def chunks(self) -> AsyncGenerator[SpeechChunk, None]:
         """The encoded bytes as they come; the price is settled before the chunk that `is_last`.
@@ -216,7 +254,7 @@ class Listener:
         return self._ledger.hold(
             request.account,
             request.id,
-            self._price(len(request.text), self.cache_status == "hit"),
+            self._price(self.script, len(request.text), self.cache_status == "hit"),
             key=IdempotencyKey(key, request.body_digest, request.older_digests) if key else None,
         )
 
@@ -262,7 +300,7 @@ class Listener:
             characters=characters,
             audio_ms=self.audio_ms,
             outcome="cached" if hit and outcome == "completed" else outcome,
-            price_micros=self._price(characters, hit),
+            price_micros=self._price(self.script, characters, hit),
             at=time.time(),
             user=request.user,
         )

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import lru_cache, partial
 from typing import Any
 
@@ -52,7 +52,10 @@ class Limits:
 
 
 class Qwen3TTSService:
-    """Speaks requests: joins identical ones, replays finished ones, admits, bills and streams the rest."""
+    """Speaks requests: joins identical ones, replays finished ones, admits, bills and streams the rest.
+
+    `end_process` is called when the backend can speak no more in this process.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Qwen3TTSService:
         threads: Threads,
         metrics: Metrics,
         limits: Limits,
+        end_process: Callable[[], None] = lambda: None,
     ) -> None:
         self.backend = backend
         self.catalogue = catalogue
@@ -84,7 +88,7 @@ class Qwen3TTSService:
         self._running: set[Generation] = set()
         self._listeners: set[Listener] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._startup = Startup(ledger, backend)
+        self._startup = Startup(ledger, backend, end_process)
         self._ended = 0
         self._draining = False
         self._silent = asyncio.Event()
@@ -111,11 +115,12 @@ class Qwen3TTSService:
             script,
             turn=self._gate.turn(caller, len(request.text)),
             find_source=self._find_source,
+            find_other=partial(self._script_of_another, request),
             ledger=self.ledger,
-            price=partial(self._price, script) if billed else _free,
+            price=self._price if billed else _free,
             spawn=self._spawn,
             metrics=self._metrics,
-            input_tokens=self.backend.text_tokens(script.request) or len(request.text),
+            input_tokens=self._input_tokens,
             timeout_s=self._limits.request_timeout_s,
             on_close=self._let_go,
         )
@@ -191,8 +196,19 @@ class Qwen3TTSService:
             reason = readiness.reason or readiness.phase
             raise NotReady(f"The server is not ready: {reason}", retry_after=self.retry_after)
 
-    def _script(self, request: SpeechRequest) -> Script:
-        """Resolve every name, segment the text, compute the cache key."""
+    def _input_tokens(self, script: Script) -> int:
+        return self.backend.text_tokens(script.request) or len(script.request.text)
+
+    def _script_of_another(self, request: SpeechRequest, tried: frozenset[str]) -> Script | None:
+        """The same request for the next member of a chain; None where there is none that can speak it."""
+        try:
+            script = self._script(request, tried)
+        except (InvalidRequest, NotReady):
+            return None
+        return None if script.request.backend in tried else script
+
+    def _script(self, request: SpeechRequest, without: frozenset[str] = frozenset()) -> Script:
+        """Resolve every name, segment the text, compute the cache key; `without`: members of a chain to pass over."""
         if not request.text.strip():
             raise InvalidRequest("The input is blank.", param="input")
         if len(request.text) > self._limits.max_input_characters:
@@ -201,7 +217,7 @@ class Qwen3TTSService:
                 param="input",
                 code="string_above_max_length",
             )
-        model, voice = self.catalogue.resolve(request.model, request.voice)
+        model, voice = self.catalogue.resolve(request.model, request.voice, without)
         resolved = dataclasses.replace(
             request,
             model=model.id,
@@ -233,7 +249,6 @@ class Qwen3TTSService:
         """What to listen to, already attached: a running generation, a cache entry, or a new generation."""
         source, status = await self._choose_source(script)
         source.attach()
-        self._metrics.speech.labels(status).inc()
         request = script.request
         detail(
             _log,
@@ -322,7 +337,7 @@ def _sound(request: SpeechRequest) -> SpeechRequest:
     )
 
 
-def _free(characters: int, cached: bool) -> int:
+def _free(script: Script, characters: int, cached: bool) -> int:
     return 0
 
 

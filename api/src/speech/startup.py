@@ -1,8 +1,9 @@
 """From a process that answers to a server that speaks: in the background, first the ledger and then the backend.
 
-Owns the order and what is said meanwhile. Whatever fails is tried again for ever, also what only somebody's hand can
-cure: a file that is put right, a disk that is mounted, a database that is upgraded need no new process then. What is
-wrong with the settings themselves is found before, by whoever builds the parts, and ends the process.
+Owns the order, what is said meanwhile, and that a backend that dies later is started again. Whatever fails is tried
+again for ever, also what only somebody's hand can cure: a file that is put right, a disk that is mounted, a database
+that is upgraded need no new process then. What is wrong with the settings themselves is found before, by whoever builds
+the parts, and ends the process; so does a backend that only a new process can help.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 
 from ..backends.base import Backend
 from ..domain import Readiness
-from ..errors import NotReady, SpeechError
-from ..patience import until_it_works
+from ..errors import NeedsNewProcess, NotReady, SpeechError
+from ..patience import keep_working, until_it_works
 from ..stores.ledger import Ledger
 
 SEE_THE_LOG = "The log says why."
@@ -24,11 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 class Startup:
-    """Begun once, on an event loop; cancelled if the server is to end before it has come to its own."""
+    """Begun once, on an event loop; cancelled when the server is to end. `end_process`: so that another one begins."""
 
-    def __init__(self, ledger: Ledger, backend: Backend) -> None:
-        self._ledger, self._backend = ledger, backend
-        self._ledger_open = False
+    def __init__(self, ledger: Ledger, backend: Backend, end_process: Callable[[], None]) -> None:
+        self._ledger, self._backend, self._end_process = ledger, backend, end_process
+        self._ledger_open = self._spoke = False
         self._task: asyncio.Task[None] | None = None
         self._told = asyncio.Event()
         self._trouble = ""
@@ -69,8 +71,19 @@ class Startup:
     async def _run(self) -> None:
         await until_it_works(self._ledger.start, failed=self._ledger_failed)
         self._ledger_open, self._trouble = True, ""
-        await until_it_works(self._backend.start, failed=self._backend_failed)
+        try:
+            await keep_working(
+                self._backend.start, self._backend.died, works=self._backend_works, failed=self._backend_failed
+            )
+        except NeedsNewProcess as error:
+            self._fault = self._trouble = error.message
+            self._told.set()
+            _log.critical("the %s backend is lost: %s", self._backend.name, error.message)
+            self._end_process()
+
+    def _backend_works(self) -> None:
         self._trouble = self._fault = ""
+        self._spoke = True
         self._told.set()
         _log.info("ready to speak with the %s backend", self._backend.name)
 
@@ -84,7 +97,8 @@ class Startup:
 
     def _note(self, what: str, error: Exception, wait: float, *, public: str) -> None:
         known = isinstance(error, SpeechError)
-        fault = f"{what} cannot be started: {error if known else type(error).__name__}"
+        trouble = "does not speak any more" if self._spoke else "cannot be started"
+        fault = f"{what} {trouble}: {error if known else type(error).__name__}"
         again = fault == self._fault
         self._fault, self._trouble, self._next_try = fault, public, time.monotonic() + wait
         self._told.set()

@@ -18,8 +18,8 @@ def cache_at(root: Path, max_bytes: int, *, keys: Sequence[str] = (), compress: 
     """The speech cache in the folder `root`.
 
     `keys`: none leaves it unsealed; otherwise the first seals, all open. `compress` packs wav and pcm with LZ4.
-    Takes half a second for each key. Raises ValueError for a key that is too short or a damaged salt, NotReady
-    where a package is missing that this needs.
+    Takes half a second, and more for many keys. Raises ValueError for a key that is too short or a damaged salt,
+    NotReady where a package is missing that this needs.
     """
     if compress and not can_pack():
         raise NotReady("A compressed cache needs lz4: pip install 'qwen3-tts-server[lz4]'.")
@@ -36,6 +36,6 @@ def _sealed(root: Path, keys: Sequence[str], compress: bool) -> list[Form]:
     except ImportError as error:
         raise NotReady("An encrypted cache needs cryptography: pip install 'qwen3-tts-server[encryption]'.") from error
     salt = folder_salt(root / ".salt")
-    forms: list[Form] = [FramedForm(SealingKey.from_passphrase(key, salt), compress=compress) for key in keys]
+    forms: list[Form] = [FramedForm(key, compress=compress) for key in SealingKey.from_passphrases(keys, salt)]
     _log.info("the speech cache is encrypted, %d key(s) can read it", len(forms))
     return forms

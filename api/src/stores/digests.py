@@ -19,7 +19,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
-from .passphrase import stretch
+from .passphrase import Stretching
 
 _SALT = b"qwen3-tts-server: digests of bodies"
 
@@ -28,13 +28,21 @@ class BodyDigests:
     """Makes digests of bodies. Says nothing of its keys when printed."""
 
     def __init__(self, passphrases: Sequence[str] = ()) -> None:
-        """The first passphrase makes what is stored, the others are recognised. Half a second for each."""
-        self._keys = [_derive(passphrase) for passphrase in passphrases]
+        """The first passphrase makes what is stored, the others are recognised. Begins with what takes long: `wait`."""
+        self._stretching = [Stretching(passphrase, _SALT, 64) for passphrase in passphrases]
+        self._keys: list[tuple[str, bytes]] | None = None if passphrases else []
+
+    def wait(self) -> None:
+        """Half a second after the beginning at the earliest. Raises what went wrong."""
+        self._keys = [_named(stretching.result()) for stretching in self._stretching]
 
     def of(self, body: bytes) -> tuple[str, ...]:
         """All digests that `body` may be known by; the first is to be stored."""
+        if self._keys is None:
+            self.wait()
         plain = hashlib.sha256(body).hexdigest()
-        return (*(f"{name}:{hmac.digest(key, body, 'sha256').hex()}" for name, key in self._keys), plain)
+        keys = self._keys or ()
+        return (*(f"{name}:{hmac.digest(key, body, 'sha256').hex()}" for name, key in keys), plain)
 
 
 def same_body(stored: str, digests: Sequence[str]) -> bool:
@@ -47,7 +55,6 @@ def _name(digest: str) -> str:
     return digest.rpartition(":")[0]
 
 
-def _derive(passphrase: str) -> tuple[str, bytes]:
+def _named(derived: bytes) -> tuple[str, bytes]:
     """A key, and a name that tells nothing of it."""
-    derived = stretch(passphrase, _SALT, 64)
     return hashlib.sha256(derived[32:]).hexdigest()[:8], derived[:32]

@@ -11,10 +11,15 @@ from .ledger_sqlite import SqliteLedger
 
 if TYPE_CHECKING:
     from .ledger_write_behind import WriteBehindLedger
+    from .usage_stream import UsageStream
 
 SQLITE = "sqlite:///"
 POSTGRES = ("postgresql://", "postgresql+psycopg://")
 SCHEMES = (SQLITE, *POSTGRES)
+
+_PATIENCE_S = 10.0
+"""Of a person at a terminal."""
+_NEEDS_REDIS = "TTS_REDIS_URL needs redis: pip install 'qwen3-tts-server[redis]'."
 
 
 def ledger_at(url: str, *, lease_s: float = 60.0) -> Ledger:
@@ -50,6 +55,15 @@ def behind_redis(
     try:
         from .ledger_write_behind import WriteBehind, WriteBehindLedger  # needs redis, an extra
     except ImportError as error:
-        raise NotReady("TTS_REDIS_URL needs redis: pip install 'qwen3-tts-server[redis]'.") from error
+        raise NotReady(_NEEDS_REDIS) from error
     options = WriteBehind(flush_events, flush_interval_s, failures, memory_events, lease_s)
     return WriteBehindLedger(ledger, url, options)
+
+
+def usage_stream_at(url: str) -> UsageStream:
+    """The stream of usage events in the Redis at `url`, to look after it. Raises as `behind_redis`."""
+    try:
+        from .usage_stream import UsageStream  # needs redis, an extra
+    except ImportError as error:
+        raise NotReady(_NEEDS_REDIS) from error
+    return UsageStream(url, timeout_s=_PATIENCE_S)

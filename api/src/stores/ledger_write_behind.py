@@ -75,8 +75,11 @@ class WriteBehindLedger:
             memory=self._outbox.waiting,
             dead_letters=there.dead_letters,
             dropped=self._outbox.dropped,
-            breaker=self._outbox.redis.state,
         )
+
+    def breakers(self) -> dict[str, str]:
+        """The states of the circuit breakers on the way of usage events, by what they guard."""
+        return {"usage_redis": self._outbox.redis.state, "usage_ledger": self._outbox.database.state}
 
     async def start(self) -> None:
         await self._ledger.start()

@@ -26,6 +26,10 @@ class FallbackLimiter:
         self._away = False
         self._in_spare: set[str] = set()
 
+    def breakers(self) -> dict[str, str]:
+        """The state of its circuit breaker, by what that guards."""
+        return {"limits_redis": self._breaker.state}
+
     async def start(self) -> None:
         await self._spare.start()
         await self._shared.start()

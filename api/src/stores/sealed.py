@@ -25,6 +25,7 @@ import fcntl
 import hmac
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -33,7 +34,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from .frames import BrokenFrames
-from .passphrase import stretch
+from .passphrase import Stretching
 
 MIN_CHARACTERS = 16
 
@@ -75,10 +76,19 @@ class SealingKey:
 
     @classmethod
     def from_passphrase(cls, passphrase: str, salt: bytes) -> SealingKey:
-        """Takes half a second, so that guessing does too. Raises ValueError for less than MIN_CHARACTERS."""
-        if len(passphrase) < MIN_CHARACTERS:
+        """As `from_passphrases`, of one."""
+        return cls.from_passphrases([passphrase], salt)[0]
+
+    @classmethod
+    def from_passphrases(cls, passphrases: Sequence[str], salt: bytes) -> list[SealingKey]:
+        """Takes half a second, so that guessing does too, and for several as the processors allow.
+
+        Raises ValueError for less than MIN_CHARACTERS.
+        """
+        if any(len(passphrase) < MIN_CHARACTERS for passphrase in passphrases):
             raise ValueError(f"an encryption key has at least {MIN_CHARACTERS} characters")
-        return cls(stretch(passphrase, salt, _KEY_BYTES))
+        begun = [Stretching(passphrase, salt, _KEY_BYTES) for passphrase in passphrases]
+        return [cls(stretching.result()) for stretching in begun]
 
     def name(self, plain: str) -> str:
         """64 hex digits that stand for `plain` and, without the key, tell nothing of it."""

@@ -49,7 +49,7 @@ class Outbox:
 
     def __init__(self, stream: UsageStream, ledger: Ledger, *, failures: int, capacity: int, batch: int) -> None:
         self.redis = Breaker(failures=failures, open_s=_OPEN_S, longest_s=_LONGEST_OPEN_S)
-        self._database = Breaker(failures=1, open_s=_DATABASE_OPEN_S, longest_s=_LONGEST_DATABASE_OPEN_S)
+        self.database = Breaker(failures=1, open_s=_DATABASE_OPEN_S, longest_s=_LONGEST_DATABASE_OPEN_S)
         self._stream, self._ledger = stream, ledger
         self._capacity, self._batch = capacity, batch
         self._queue: deque[_Item] = deque()
@@ -98,7 +98,7 @@ class Outbox:
     @property
     def _somewhere(self) -> bool:
         """Whether there is a place that events can be expected to go to."""
-        return self.redis.state == "closed" or self._database.state == "closed"
+        return self.redis.state == "closed" or self.database.state == "closed"
 
     # The task
 
@@ -131,8 +131,8 @@ class Outbox:
         while not (self._queue or self._closing):
             self._wake.clear()
             await self._wake.wait()
-        while self._queue and not (self.redis.allows or self._database.allows):
-            pause = min(self.redis.retry_after, self._database.retry_after)
+        while self._queue and not (self.redis.allows or self.database.allows):
+            pause = min(self.redis.retry_after, self.database.retry_after)
             await asyncio.sleep(max(_SHORTEST_PAUSE_S, pause))
 
     async def _send(self, events: list[UsageEvent]) -> bool:
@@ -164,9 +164,9 @@ class Outbox:
         return True
 
     async def _to_database(self, events: list[UsageEvent]) -> bool:
-        before = self._database.state
+        before = self.database.state
         try:
-            with self._database.attempt() as attempt:
+            with self.database.attempt() as attempt:
                 try:
                     async with asyncio.timeout(_PATIENCE_S if before == "closed" else _LONG_PATIENCE_S):
                         refused = await record_all(self._ledger, events)

@@ -42,6 +42,29 @@ end
 """In one step: a consumer that wakes up and reads in between would lose what it has read."""
 
 
+_PUT_BACK = """
+local moved = 0
+for _, id in ipairs(ARGV) do
+    local found = redis.call('XRANGE', KEYS[2], id, id)[1]
+    if found then
+        local fields = {}
+        for i = 1, #found[2], 2 do
+            if found[2][i] ~= 'id' and found[2][i] ~= 'reason' then
+                table.insert(fields, found[2][i])
+                table.insert(fields, found[2][i + 1])
+            end
+        end
+        if #fields > 0 then
+            redis.call('XADD', KEYS[1], '*', unpack(fields))
+            moved = moved + redis.call('XDEL', KEYS[2], id)
+        end
+    end
+end
+return moved
+"""
+"""In one step, so that a letter is neither lost nor there twice. One that has nothing in it stays."""
+
+
 class StreamAway(Exception):
     """Redis cannot be reached, is late, or refuses. What was asked of it may have happened."""
 
@@ -51,6 +74,14 @@ class Entry(NamedTuple):
 
     id: bytes
     fields: dict[bytes, bytes] | None
+
+
+class Letter(NamedTuple):
+    """An entry that no ledger took, and why. `id` is its own among the dead letters and says when it became one."""
+
+    id: str
+    reason: str
+    fields: dict[str, str]
 
 
 class Backlog(NamedTuple):
@@ -101,6 +132,22 @@ class UsageStream:
         why = reason.encode(errors="backslashreplace")
         letters = [{**(entry.fields or {}), b"id": entry.id, b"reason": why} for entry in entries]
         await self._end(entries, letters)
+
+    async def letters(self, count: int, after: str = "") -> list[Letter]:
+        """The dead letters, oldest first, from the one after the id `after` on."""
+        with self._asking():
+            found: Any = await self._redis.xrange(self._dead, min=f"({after}" if after else "-", count=count)
+        return [_letter(id, fields) for id, fields in found]
+
+    async def put_back(self, ids: Sequence[str]) -> int:
+        """Make dead letters entries of the stream again; how many of these there were with something in them."""
+        with self._asking():
+            return int(await self._redis.eval(_PUT_BACK, 2, self._key, self._dead, *ids))
+
+    async def drop(self, ids: Sequence[str]) -> int:
+        """Delete dead letters for good; how many of these there were."""
+        with self._asking():
+            return int(await self._redis.xdel(self._dead, *ids))
 
     async def backlog(self) -> Backlog:
         with self._asking():
@@ -176,6 +223,17 @@ class UsageStream:
             if "NOGROUP" in str(error):
                 self._grouped = False
             raise StreamAway(f"{type(error).__name__}: {error}") from error
+
+
+def _letter(id: bytes, fields: dict[bytes, bytes]) -> Letter:
+    texts = {_text(name): _text(value) for name, value in fields.items()}
+    reason = texts.pop("reason", "")
+    texts.pop("id", None)
+    return Letter(_text(id), reason, texts)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="backslashreplace")
 
 
 def _client(url: str, timeout_s: float) -> Redis:
