@@ -28,6 +28,9 @@ GATHER_S = 0.005
 FLUSH_S = 3.0
 """How long the end waits for a standard error that takes nothing."""
 
+_JSON = json.JSONEncoder(default=str)
+"""What json.dumps with this argument would make for each line."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +50,7 @@ class JsonFormatter(logging.Formatter):
         entry |= getattr(record, "fields", {})
         if record.exc_text or record.exc_info:
             entry["exception"] = record.exc_text or self.formatException(record.exc_info or (None, None, None))
-        return json.dumps(entry, default=str)
+        return _JSON.encode(entry)
 
     def _time(self, record: logging.LogRecord) -> str:
         local = time.localtime(record.created)

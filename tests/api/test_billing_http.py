@@ -170,8 +170,17 @@ def test_a_hit_needs_its_own_price_and_no_more(server: Server) -> None:
     credit(server, "carol", 11 * CACHED)
     carol = {"Authorization": "Bearer carols-key"}
     assert speak(server.client, "Hello.", carol).headers["x-cache"] == "hit"
-    assert "500" in assert_error(speak(server.client, "Hello.", carol), 402)
+    for fields in ({}, {"stream_format": "sse"}):  # refused before the first event, as before the first byte
+        assert "500" in assert_error(speak(server.client, "Hello.", carol, **fields), 402)
     assert balance(server, carol) == 5 * CACHED
+
+
+def test_a_hit_is_held_and_charged_in_one_transaction(server: Server) -> None:
+    speak(server.client, "Hello.", ALICE)
+    before = server.service.ledger.transactions
+    assert speak(server.client, "Hello.", ALICE).headers["x-cache"] == "hit"
+    assert server.service.ledger.transactions == before + 1
+    assert charges(server)[-1] == ("cached", 6, 6 * CACHED)
 
 
 def test_an_account_without_a_wallet_is_not_bounded(server: Server) -> None:

@@ -127,11 +127,11 @@ def test_a_hit_waits_for_nobody(server: Server, collector: Collector) -> None:
     hit = collector.wait_for("POST /v1/audio/speech", 2)[1]
     assert hit.trace_id != collector.named("POST /v1/audio/speech")[0].trace_id
     assert attributes(hit)["tts.cache"] == "hit"
-    until(lambda: len(collector.named("ledger settle")) == 2)
+    until(lambda: len(collector.named("ledger charge")) == 1)
+    assert attributes(collector.named("ledger charge")[0])["tts.outcome"] == "cached"
     assert sorted(span.name for span in collector.spans if span.trace_id == hit.trace_id) == [
         "POST /v1/audio/speech",
-        "ledger hold",
-        "ledger settle",
+        "ledger charge",
     ]
 
 

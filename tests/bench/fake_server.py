@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import uvicorn
-
-from api.src.cli import GRACE_S
+from api.src.cli import serve_app
 from api.src.main import create_app
 from api.src.settings import Settings
 from api.src.stores.ledger import Ledger
@@ -17,14 +15,7 @@ def serve(ledger: Ledger | None = None) -> None:
     app = create_app(settings, backend=FakeBackend(seconds_per_segment=3.0))
     if ledger is not None:
         app.state.tts_service.ledger = ledger
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_S,
-    )
+    serve_app(app, settings)
 
 
 if __name__ == "__main__":

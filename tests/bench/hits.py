@@ -41,6 +41,7 @@ class Contest:
 
     def figures(self) -> dict[str, float]:
         ratios = [ours.per_second / bare.per_second for ours, bare in zip(self.ours, self.bare, strict=True)]
+        bare_cpu = statistics.median(turn.cpu_us for turn in self.bare)
         return {
             "hits_per_s": round(self.answers_per_second, 1),
             "bare_per_s": round(statistics.median(turn.per_second for turn in self.bare), 1),
@@ -51,6 +52,7 @@ class Contest:
             "bare_median_ms": round(statistics.median(turn.median_ms for turn in self.bare), 2),
             "hit_cpu_us": round(statistics.median(turn.cpu_us for turn in self.ours), 0),
             "bare_cpu_us": round(statistics.median(turn.cpu_us for turn in self.bare), 0),
+            "cpu_ratio": round(statistics.median(turn.cpu_us for turn in self.ours) / max(bare_cpu, 1), 3),
         }
 
 

@@ -12,7 +12,8 @@ object:
     connections  how many at once
     bytes        of one answer
     free | paid  (hits that cost nothing, or money) -> ledger -> hits_per_s, median_ms, cpu_us (of the server, per hit):
-                 medians of the turns; ratio, ratio_min, ratio_max: to `off` in the same round
+                 medians of the turns; ratio, ratio_min, ratio_max: to `off` in the same round; cpu_ratio: of CPU, to
+                 `off`, the least noisy on a shared machine
     stored       ledger -> usage events in it at the end
     seconds      how long the benchmark took
 """
@@ -196,6 +197,7 @@ async def _press(candidate: Candidate, kind: str, connections: int, seconds: flo
 
 def _figures(own: list[Turn], off: list[Turn]) -> dict[str, float]:
     ratios = [turn.per_second / without.per_second for turn, without in zip(own, off, strict=True)]
+    off_cpu = statistics.median(turn.cpu_us for turn in off)
     return {
         "hits_per_s": round(statistics.median(turn.per_second for turn in own), 1),
         "ratio": round(statistics.median(ratios), 3),
@@ -203,12 +205,13 @@ def _figures(own: list[Turn], off: list[Turn]) -> dict[str, float]:
         "ratio_max": round(max(ratios), 3),
         "median_ms": round(statistics.median(turn.median_ms for turn in own), 2),
         "cpu_us": round(statistics.median(turn.cpu_us for turn in own), 0),
+        "cpu_ratio": round(statistics.median(turn.cpu_us for turn in own) / max(off_cpu, 1), 3),
     }
 
 
 def _print(kind: str, connections: int, figures: dict[str, dict[str, float]]) -> None:
     what = "that cost nothing" if kind == "free" else "that cost money"
-    head = ["ledger", "hits/s", "ratio to off", "min", "max", "hit ms", "server CPU us"]
+    head = ["ledger", "hits/s", "ratio to off", "min", "max", "hit ms", "server CPU us", "CPU ratio"]
     rows = [[name, *values.values()] for name, values in figures.items()]
     report.table(f"Cache hits {what}, {connections} connections, turn by turn; medians", head, rows)
 

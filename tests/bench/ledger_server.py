@@ -41,6 +41,8 @@ class NullLedger:
     ) -> AsyncIterator[NullHold]:
         yield NullHold(account, request_id, micros)
 
+    async def charge(self, event: UsageEvent, *, key: IdempotencyKey | None = None) -> None: ...
+
     async def credit(self, account: str, micros: int, reference: str) -> int:
         return micros
 

@@ -12,7 +12,8 @@ Prints tables, and as its last line one JSON object with the same figures:
                 medians, the cache bypassed by Cache-Control: no-store
     cache_hits  bytes, client_ceiling_per_s (16 connections to an app that does nothing), price_micros, charged_micros,
                 and by concurrency ("1", "16"): hits_per_s, bare_per_s, ratio, ratio_min, ratio_max, hit_median_ms,
-                bare_median_ms, hit_cpu_us, bare_cpu_us (CPU of the server per answer)
+                bare_median_ms, hit_cpu_us, bare_cpu_us (CPU of the server per answer), cpu_ratio (ours to bare: the
+                least noisy on a shared machine)
     seconds     how long the benchmark took
 """
 
@@ -190,7 +191,19 @@ def _bare(kind: str, path: Path) -> contextlib.AbstractContextManager[ServerProc
 
 
 def _print_hits(figures: dict[str, Any]) -> None:
-    head = ["connections", "hits/s", "bare/s", "ratio", "min", "max", "hit ms", "bare ms", "hit CPU us", "bare CPU us"]
+    head = [
+        "connections",
+        "hits/s",
+        "bare/s",
+        "ratio",
+        "min",
+        "max",
+        "hit ms",
+        "bare ms",
+        "hit CPU us",
+        "bare CPU us",
+        "CPU ratio",
+    ]
     rows = [[concurrency, *figures[str(concurrency)].values()] for concurrency in CONCURRENCIES]
     report.table(
         f"Cache hits of {figures['bytes']} bytes, each paid for, beside Starlette's FileResponse, turn by turn\n"

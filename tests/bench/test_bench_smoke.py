@@ -15,7 +15,7 @@ from tests.bench.speech import FORMATS
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the benchmark reads /proc")
 
 SPEAKING = {"first_sound_ms", "total_ms", "audio_s", "real_time_factor", "cpu_per_audio_s"}
-LEDGER = {"hits_per_s", "ratio", "ratio_min", "ratio_max", "median_ms", "cpu_us"}
+LEDGER = {"hits_per_s", "ratio", "ratio_min", "ratio_max", "median_ms", "cpu_us", "cpu_ratio"}
 CONTEST = {
     "hits_per_s",
     "bare_per_s",
@@ -26,6 +26,7 @@ CONTEST = {
     "bare_median_ms",
     "hit_cpu_us",
     "bare_cpu_us",
+    "cpu_ratio",
 }
 
 

@@ -23,6 +23,7 @@ from api.src.text.segment import segment
 from tests.conftest import Server
 from tests.speech.asking import StartService, collect, eventually, speech_request
 from tests.speech.textual import TextualBackend, noise, pcm_of, sentences
+from tests.stores.ledgers import held_up
 
 TEXT = sentences(4)
 
@@ -86,6 +87,20 @@ async def test_who_stops_iterating_leaves_nothing(start_service: StartService) -
     await eventually(lambda: not (leftovers(service) or backend.open))
     assert len(backend.segments) < 4
     assert [event.outcome for event in await service.ledger.usage(None, 10)] == ["cancelled"]
+
+
+async def test_who_leaves_before_a_hit_is_charged_is_not_charged(start_service: StartService) -> None:
+    service = await start_service(TextualBackend())
+    await collect(service, speech_request(TEXT))
+    async with held_up(service.ledger):
+        listener = service.open(speech_request(TEXT))
+        starting = asyncio.ensure_future(listener.start())
+        await eventually(lambda: service.ledger._writer._jobs.qsize() > 0)
+        listener.close()
+        with pytest.raises(ShuttingDown):
+            await starting
+    await eventually(lambda: not leftovers(service))
+    assert [event.outcome for event in await service.ledger.usage(None, 10)] == ["completed"]
 
 
 async def test_who_leaves_while_a_finished_generation_tidies_up_has_not_stopped_it(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,24 @@ async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> No
 def free_event(request_id: str, account: str = "ann", user: str = "") -> UsageEvent:
     """Of a request that cost nothing."""
     return UsageEvent(request_id, account, "tts-1", "alloy", 10, 800, "cached", 0, 1.5, user)
+
+
+@asynccontextmanager
+async def held_up(ledger: SqliteLedger | PostgresLedger) -> AsyncIterator[None]:
+    """What is submitted here is done together afterwards."""
+    reached, gate = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        reached.set()
+        gate.wait(10)
+
+    waiting = ledger._writer._enqueue(wait)
+    await asyncio.to_thread(reached.wait)
+    try:
+        yield
+    finally:
+        gate.set()
+        await waiting
 
 
 async def tell(ledger: Ledger, event: UsageEvent) -> None:

@@ -99,6 +99,23 @@ class LedgerMachine(RuleBasedStateMachine):
         self.open.append(lease)
         return lease
 
+    @rule(account=ACCOUNTS, price=AMOUNTS, key=KEYS, side=st.integers(0, 1))
+    def charge(self, account: str, price: int, key: IdempotencyKey | None, side: int) -> None:
+        ledger = self.ledgers[self.owners[side]]
+        self.number += 1
+        event = UsageEvent(f"r{self.number}", account, "m", "v", 1, 1, "cached", price, 0.0)
+        balance = self.runner.run(ledger.balance(account))
+        named = None if key is None else (account, key.value)
+        missing = price - self.covered(named, wallet=balance is not None)
+        try:
+            self.runner.run(ledger.charge(event, key=key))
+        except InsufficientBalance:
+            assert balance is not None
+            assert missing > balance
+            return
+        assert balance is None or missing <= balance
+        self.note_charge(account, named, price, wallet=balance is not None)
+
     @rule(account=ACCOUNTS, value=st.sampled_from("xy"), side=st.integers(0, 1))
     def reuse_a_key(self, account: str, value: str, side: int) -> None:
         if not self.rows(f"SELECT 1 FROM idempotency_keys WHERE account = '{account}' AND value = '{value}'"):
@@ -132,14 +149,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.runner.run(lease.hold.settle(event))
             return
         self.runner.run(lease.hold.settle(event))
-        charged = self.rows("SELECT price_micros FROM usage_events ORDER BY id DESC LIMIT 1")[0][0]
-        paid = 0 if lease.key is None else self.paid.get(lease.key, 0)
-        assert charged == max(0, price - paid)
-        if lease.key is not None:
-            self.paid[lease.key] = paid + charged
-            self.dearest[lease.key] = max(self.dearest.get(lease.key, 0), price)
-        if lease.wallet:
-            self.spent[lease.hold.account] = self.spent.get(lease.hold.account, 0) + charged
+        self.note_charge(lease.hold.account, lease.key, price, wallet=lease.wallet)
         self.leave(lease)
 
     @rule(lease=consumes(leases), tell=st.booleans())
@@ -187,6 +197,17 @@ class LedgerMachine(RuleBasedStateMachine):
         assert {row[0] for row in self.rows("SELECT id FROM holds WHERE state = 'open'")} == {
             lease.hold.id for lease in self.open
         }
+
+    def note_charge(self, account: str, key: tuple[str, str] | None, price: int, *, wallet: bool) -> None:
+        """Something was settled just now: see what was charged for it."""
+        charged = self.rows("SELECT price_micros FROM usage_events ORDER BY id DESC LIMIT 1")[0][0]
+        paid = 0 if key is None else self.paid.get(key, 0)
+        assert charged == max(0, price - paid)
+        if key is not None:
+            self.paid[key] = paid + charged
+            self.dearest[key] = max(self.dearest.get(key, 0), price)
+        if wallet:
+            self.spent[account] = self.spent.get(account, 0) + charged
 
     def teardown(self) -> None:
         for lease in list(self.open):

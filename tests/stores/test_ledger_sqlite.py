@@ -134,7 +134,7 @@ async def test_a_failing_commit_undoes_the_batch_and_the_thread_goes_on(ledger: 
 async def impatient(ledger: SqliteLedger, path: Path) -> AsyncIterator[SqliteLedger]:
     """A ledger that waits 50 ms for the write lock."""
     impatient = SqliteLedger(path)
-    impatient._writer = SqliteWriter(path, impatient._upkeep, 20.0, busy_s=0.05)
+    impatient._writer = SqliteWriter(path, impatient._perform, impatient._upkeep, 20.0, busy_s=0.05)
     await impatient.start()
     yield impatient
     await impatient.close()

@@ -43,6 +43,7 @@ async def get_tts_service(request: Request) -> Qwen3TTSService:
 async def require_account(request: Request) -> Account:
     """The account behind the bearer key, and the end user for whom a trusted one asks.
 
+    A dependency; the routes that speak call it themselves, for the reason that http_policy gives.
     401 where keys are required and this one opens nothing, 403 for an account that is switched off, 400 for an end user
     with an impossible name, 503 where the database would have to be asked and is away.
     """

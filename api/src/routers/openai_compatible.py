@@ -14,7 +14,7 @@ from ..errors import InvalidRequest, NotFound
 from ..observe import request_id
 from ..speech.listener import Listener
 from .failures import AccountBreakers
-from .guards import CurrentAccount, Service, get_tts_service, http_policy, read_body
+from .guards import Service, get_tts_service, http_policy, read_body, require_account
 from .limit_headers import limit_headers
 from .responses import SpeechEventResponse, SpeechResponse, until_hangup
 from .schemas import (
@@ -86,9 +86,9 @@ _SPEECH_BODY = {
     responses=_REFUSALS | {200: {**_AUDIO[200], "content": {**_AUDIO[200]["content"], **_EVENTS}}},
     openapi_extra=_SPEECH_BODY,
 )
-async def create_speech(request: Request, account: CurrentAccount, service: Service) -> Response:
+async def create_speech(request: Request, service: Service) -> Response:
     """Speak a text, streamed while it is generated."""
-    body, speech = await _read_speech(request, account)
+    account, body, speech = await _read_speech(request)
     listener = service.open(speech, caller=account)
     await _start(request, listener)
     response = SpeechEventResponse if body.stream_format == "sse" else SpeechResponse
@@ -96,11 +96,9 @@ async def create_speech(request: Request, account: CurrentAccount, service: Serv
 
 
 @router.post("/v1/audio/speech/base64", responses=_REFUSALS, openapi_extra=_SPEECH_BODY)
-async def create_speech_base64(
-    request: Request, response: Response, account: CurrentAccount, service: Service
-) -> Base64SpeechResponse:
+async def create_speech_base64(request: Request, response: Response, service: Service) -> Base64SpeechResponse:
     """Speak a text and answer it whole."""
-    _, speech = await _read_speech(request, account)
+    account, _, speech = await _read_speech(request)
     listener = service.open(speech, caller=account)
     await _start(request, listener)
     response.headers.update(limit_headers(listener.standings))
@@ -159,20 +157,25 @@ async def preview_voice(voice_id: str, request: Request, service: Service) -> Re
     return SpeechResponse(listener, http_policy(request).stall_timeout_s)
 
 
-async def _read_speech(request: Request, account: Account) -> tuple[OpenAISpeechRequest, SpeechRequest]:
-    """The validated body, and what it asks for; refused unread where the account is stopped."""
+async def _read_speech(request: Request) -> tuple[Account, OpenAISpeechRequest, SpeechRequest]:
+    """Who asks, the validated body, and what it asks for; refused unread where the account is stopped."""
+    account = await require_account(request)
     breakers: AccountBreakers = request.app.state.account_breakers
     breakers.watch(account, request.scope)
     raw = await read_body(request)
     body = parse_body(OpenAISpeechRequest, raw)
     key = _idempotency_key(request)
-    return body, body.to_request(
-        id=request_id.get(),
-        account=account.name,
-        store="no-store" not in request.headers.get("cache-control", "").lower(),
-        idempotency_key=key,
-        body_digests=http_policy(request).body_digests(raw) if key else (),
-        user=account.user,
+    return (
+        account,
+        body,
+        body.to_request(
+            id=request_id.get(),
+            account=account.name,
+            store="no-store" not in request.headers.get("cache-control", "").lower(),
+            idempotency_key=key,
+            body_digests=http_policy(request).body_digests(raw) if key else (),
+            user=account.user,
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from ..domain import MEDIA_TYPES, SpeechChunk
 from ..errors import InvalidRequest, Retryable, SpeechError
@@ -91,15 +91,14 @@ class SpeechResponse(Response):
     async def _stream(self, send: Send) -> None:
         async with aclosing(self._body()) as body:
             async for chunk in body:
-                if not self._begun:
-                    self._begun = True
-                    await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                message = {"type": "http.response.body", "body": chunk.data, "more_body": not chunk.is_last}
-                await self._send(send, message)
+                async with asyncio.timeout(self._stall_timeout_s):
+                    await self._send(send, chunk)
 
-    async def _send(self, send: Send, message: Message) -> None:
-        async with asyncio.timeout(self._stall_timeout_s):
-            await send(message)
+    async def _send(self, send: Send, chunk: SpeechChunk) -> None:
+        if not self._begun:
+            self._begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": chunk.data, "more_body": not chunk.is_last})
 
     def _body(self) -> AsyncGenerator[SpeechChunk, None]:
         return self._listener.chunks()

@@ -223,7 +223,7 @@ class ErrorResponse(BaseModel):
 def parse_body(model: type[Body], raw: bytes) -> Body:
     """Read a JSON body, whatever its Content-Type said; InvalidRequest names the field and what is wrong."""
     try:
-        data = json.loads(raw, parse_constant=_refuse_constant)
+        data = _JSON.decode(raw.decode(json.detect_encoding(raw), "surrogatepass"))
     except (ValueError, RecursionError):
         raise InvalidRequest("The body is not valid JSON.", code="invalid_json") from None
     if not isinstance(data, dict):
@@ -252,6 +252,10 @@ def inline_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+"""What json.loads with this argument would make for each body."""
 
 
 def _invalid(error: ValidationError) -> InvalidRequest:

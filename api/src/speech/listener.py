@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -84,6 +84,7 @@ class Listener:
         self._source: Source | None = None
         self._hold: Hold | None = None
         self._settling: asyncio.Task[None] | None = None
+        self._paid = False
         self._sent = 0
         self._failed = False
         self._whole = False
@@ -92,6 +93,8 @@ class Listener:
 
     async def start(self) -> None:
         """Pass the gate, find the source, hold the price, and wait for the first sound.
+
+        What is there as a whole is paid for at once: nothing comes between its hold and its end.
 
         Raises RateLimited, Overloaded, InsufficientBalance, InvalidRequest (a reused idempotency key), TimedOut,
         SynthesisFailed, ShuttingDown: everything that can still be answered as a proper HTTP error.
@@ -121,9 +124,10 @@ class Listener:
     async def _listen(self) -> None:
         self._source, self.cache_status = await self._find_source(self.script)
         self._log.fields["cache"] = self.cache_status
-        with span("ledger hold"):
-            self._hold = await self._stack.enter_async_context(self._hold_price())
-        detail(_log, "price held", micros=self._hold.micros, ms=self._ms)
+        if self._source.in_memory:
+            await self._charge_price()
+        else:
+            await self._hold_price()
 
     async def _absence(self) -> NotReady | UpstreamUnavailable | None:
         """Wait for the first sound: None; or for the news that who should speak cannot be had."""
@@ -161,7 +165,7 @@ class Listener:
                 self._sent += len(chunk.data)
 
     async def whole(self) -> bytes:
-        """All the bytes in one piece: unless it becomes whole, nothing of it was sent and nothing is paid."""
+        """All the bytes in one piece: unless it becomes whole, nothing of it was sent and nothing more is paid."""
         return b"".join([chunk.data async for chunk in self._read()])
 
     async def _read(self) -> AsyncGenerator[SpeechChunk, None]:
@@ -177,7 +181,8 @@ class Listener:
                 self._require_open()
             offset += len(data)
             if is_last:
-                await self._settle(len(self.script.request.text), "completed")
+                if not self._paid:
+                    await self._settle(len(self.script.request.text), "completed")
                 self._whole = True
             yield SpeechChunk(data, is_last)
 
@@ -230,7 +235,7 @@ class Listener:
         if self._turn is not None:
             self._turn.heard = self._characters_used()
             self._spawn(self._gate.aclose())
-        if self._settling is None:
+        if self._settling is None and not self._paid:
             self._spawn(self._unwind())
         self._on_close(self)
 
@@ -248,15 +253,26 @@ class Listener:
         if self._closed:
             raise ShuttingDown("The server is shutting down.")
 
-    def _hold_price(self) -> AbstractAsyncContextManager[Hold]:
+    async def _hold_price(self) -> None:
         request = self.script.request
-        key = request.idempotency_key
-        return self._ledger.hold(
-            request.account,
-            request.id,
-            self._price(self.script, len(request.text), self.cache_status == "hit"),
-            key=IdempotencyKey(key, request.body_digest, request.older_digests) if key else None,
-        )
+        price = self._price(self.script, len(request.text), self.cache_status == "hit")
+        with span("ledger hold"):
+            holding = self._ledger.hold(request.account, request.id, price, key=self._idempotency_key())
+            self._hold = await self._stack.enter_async_context(holding)
+        detail(_log, "price held", micros=price, ms=self._ms)
+
+    async def _charge_price(self) -> None:
+        event = self._event(len(self.script.request.text), "completed")
+        with span("ledger charge", outcome=event.outcome, micros=event.price_micros):
+            await self._ledger.charge(event, key=self._idempotency_key())
+        self._paid = True
+        detail(_log, "price charged", outcome=event.outcome, micros=event.price_micros, ms=self._ms)
+
+    def _idempotency_key(self) -> IdempotencyKey | None:
+        request = self.script.request
+        if not request.idempotency_key:
+            return None
+        return IdempotencyKey(request.idempotency_key, request.body_digest, request.older_digests)
 
     async def _settle(self, characters: int, outcome: Outcome) -> None:
         # In a task of its own: once begun, it ends, whatever happens to the response.
@@ -276,6 +292,8 @@ class Listener:
 
     def _characters_used(self) -> int:
         """What counts towards the day: what is billed, and would be if it had a price."""
+        if self._paid:
+            return len(self.script.request.text)
         if self._settling is None:
             return 0 if self._failed else self._characters_heard()
         lost = self._settling.done() and (self._settling.cancelled() or self._settling.exception() is not None)

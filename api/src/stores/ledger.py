@@ -17,6 +17,8 @@ not even at its end.
 Usage. What a hold settled is told in the same transaction. What costs nothing and has no idempotency key needs no
 hold: its usage event may be told later (ledger_write_behind.py), and is stored once for each request's id.
 
+Charges. What is there already, so that nothing comes between the hold and its end, has both in one transaction.
+
 Owners. Each ledger object owns the holds it gave and renews its lease three times per term. A living ledger
 releases the holds of owners whose lease has run out, never those of a living one. Leases compare the wall
 clocks of the processes, or the database's where it has one; a clock that jumps by more than a lease loses holds
@@ -125,6 +127,15 @@ class Ledger(Protocol):
 
         No cancellation, neither while entering nor while leaving, leaves a hold behind.
         Raises InsufficientBalance, InvalidRequest (the key came with another body before), Unavailable.
+        """
+        ...
+
+    async def charge(self, event: UsageEvent, *, key: IdempotencyKey | None = None) -> None:
+        """Hold `event.price_micros` and settle it at once; see Hold.settle. Durable when it returns.
+
+        Whoever is cancelled, or gets Unavailable, has had a charge only if its transaction was under way by then.
+        Raises InsufficientBalance, InvalidRequest (the key came with another body before), Unavailable, and ValueError
+        for an amount that is out of range.
         """
         ...
 

@@ -83,7 +83,8 @@ class StoredLedger(ABC):
     @abstractmethod
     def submit(self, act: Act[_T], *, durable: bool = True) -> asyncio.Future[_T]:
         """Queue an act. The future has its result once it is stored, or its exception once it is certain that it
-        will not be; what was submitted first happens first. Raises Unavailable if the ledger is not open.
+        will not be; what was submitted first happens first. Cancelled, it does not happen, unless its transaction is
+        under way. Raises Unavailable if the ledger is not open.
 
         Not `durable`: a power failure may undo it, unless a durable one was stored after it.
         """
@@ -110,6 +111,18 @@ class StoredLedger(ABC):
             if not hold.closed:
                 await self._give_back(hold)
 
+    async def charge(self, event: UsageEvent, *, key: IdempotencyKey | None = None) -> None:
+        _amount(event.price_micros)
+        charging = self.submit(self._charging(event, key) if event.price_micros or key else recording([event]))
+        try:
+            await self.answer(charging)
+        except (asyncio.CancelledError, Unavailable):
+            charging.cancel()  # nobody will hear of it
+            raise
+
+    async def record(self, events: Sequence[UsageEvent]) -> None:
+        await self.answer(self.submit(recording(events)))
+
     async def credit(self, account: str, micros: int, reference: str) -> int:
         return await self.answer(self.submit(self._crediting(account, _amount(micros), reference)))
 
@@ -119,6 +132,10 @@ class StoredLedger(ABC):
     def _opening(self, account: str, request_id: str, micros: int, key: IdempotencyKey | None) -> Act[int]:
         details = (self._owner, self._key_ttl_s, account, request_id, micros, key)
         return Act(account, lambda page: laws.open_hold(page, *details), key=None if key is None else key.value)
+
+    def _charging(self, event: UsageEvent, key: IdempotencyKey | None) -> Act[None]:
+        details = (self._owner, self._key_ttl_s, event, key)
+        return Act(event.account, lambda page: laws.charge(page, *details), key=None if key is None else key.value)
 
     async def _give_back(self, hold: StoredHold) -> None:
         """Release what was left open. A settle that is still queued comes first; then this changes nothing."""
@@ -146,11 +163,12 @@ class StoredLedger(ABC):
             releasing.get_loop().call_later(_RETRY_RELEASE_S, self._release_later, account, hold_id)
 
 
-def free_rows(events: Sequence[UsageEvent]) -> list[EventRow]:
-    """The rows of events without a hold. Raises ValueError if one of them costs something."""
+def recording(events: Sequence[UsageEvent]) -> Act[None]:
+    """Stores events without a hold. Raises ValueError if one of them costs something."""
     if any(event.price_micros for event in events):
         raise ValueError("What costs something needs a hold.")
-    return [EventRow.of(event, None, 0) for event in events]
+    rows = [EventRow.of(event, None, 0) for event in events]
+    return Act(None, lambda page: page.records.extend(rows))
 
 
 def usage_query(account: str | None, user: str | None, limit: int, mark: str) -> tuple[str, tuple[object, ...]]:

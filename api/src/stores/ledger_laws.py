@@ -54,6 +54,12 @@ def settle(page: Page, hold_id: int, event: UsageEvent) -> None:
     _end(page, hold, "settled", event.price_micros, event)
 
 
+def charge(page: Page, owner: str, key_ttl_s: float, event: UsageEvent, key: IdempotencyKey | None) -> None:
+    """Hold an event's price and settle it; once there is such a hold, nothing can keep it from being settled."""
+    hold = open_hold(page, owner, key_ttl_s, event.account, event.request_id, event.price_micros, key)
+    settle(page, hold, event)
+
+
 def release(page: Page, hold_id: int, event: UsageEvent | None) -> None:
     """Close an open hold without a charge; a lost one is released already and only gets its event."""
     hold = page.holds.get(hold_id)

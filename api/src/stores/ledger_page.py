@@ -81,14 +81,34 @@ class Act(Generic[_T]):
     """One operation on one account: what it must see, and what it does.
 
     A page for it has the account's balance, and where they are named the hold, the idempotency key of that value,
-    all open holds of either's key, and whether the reference was credited.
+    all open holds of either's key, and whether the reference was credited. Without an account it must see nothing,
+    and may happen twice.
     """
 
-    account: str
+    account: str | None
     apply: Callable[[Page], _T]
     hold: int | None = None
     key: str | None = None
     reference: str | None = None
+
+
+class Attempt(NamedTuple):
+    """What came of an act: its result, or why it did not happen."""
+
+    result: Any
+    failure: Exception | None
+
+
+def attempt_all(acts: Iterable[Act[Any]], page: Page) -> list[Attempt]:
+    """Let acts happen on one page, one after another; those that the laws refuse leave no mark on it."""
+    return [_attempt(act, page) for act in acts]
+
+
+def _attempt(act: Act[Any], page: Page) -> Attempt:
+    try:
+        return Attempt(act.apply(page), None)
+    except Exception as error:
+        return Attempt(None, error)
 
 
 class Page:
@@ -114,6 +134,7 @@ class Page:
         "new_keys",
         "new_wallets",
         "now",
+        "records",
     )
 
     def __init__(self, now: float, new_id: NewId) -> None:
@@ -133,6 +154,8 @@ class Page:
         self.changed_keys: dict[int, KeyRow] = {}
         self.entries: list[EntryRow] = []
         self.events: list[EventRow] = []
+        self.records: list[EventRow] = []
+        """Events without a hold, which may be stored already."""
 
     def load(
         self,

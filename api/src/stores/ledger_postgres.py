@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ import psycopg
 from ..domain import UsageEvent
 from ..errors import Unavailable
 from .ledger_check import find_broken
-from .ledger_front import StoredLedger, free_rows, usage_query
+from .ledger_front import StoredLedger, usage_query
 from .ledger_page import Act
 from .ledger_writer import unavailable
 from .postgres_session import Query, Rows, Session
@@ -88,12 +87,6 @@ class PostgresLedger(StoredLedger):
     async def balance(self, account: str) -> int | None:
         found = await self._read("SELECT micros FROM balances WHERE account = %s", account)
         return int(found[0][0]) if found else None
-
-    async def record(self, events: Sequence[UsageEvent]) -> None:
-        refusal = await self.answer(self._writer.record(free_rows(events)))
-        if refusal is not None:
-            reason = str(refusal).partition("\n")[0]  # the rest quotes rows
-            raise ValueError(f"The ledger does not take these events: {reason}") from refusal
 
     async def usage(self, account: str | None, limit: int, *, user: str | None = None) -> list[UsageEvent]:
         query, values = usage_query(account, user, limit, "%s")

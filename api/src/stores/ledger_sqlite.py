@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from ..domain import UsageEvent
 from . import ledger_laws as laws
 from .ledger_check import broken_laws
-from .ledger_front import StoredLedger, free_rows, usage_query
-from .ledger_page import Act, EventRow
-from .sqlite_page import perform, record
+from .ledger_front import StoredLedger, usage_query
+from .ledger_page import Act, Attempt
+from .sqlite_page import perform
 from .sqlite_writer import Cursor, SqliteWriter
 
 _T = TypeVar("_T")
@@ -42,14 +42,6 @@ _ACCOUNTS = """
     SELECT account, micros FROM (SELECT account FROM balances UNION SELECT account FROM usage_events)
     LEFT JOIN balances USING (account) ORDER BY account
 """
-_REFUSALS = (
-    sqlite3.IntegrityError,
-    sqlite3.DataError,
-    sqlite3.ProgrammingError,
-    sqlite3.InterfaceError,
-    OverflowError,
-)
-"""What the values themselves can cause."""
 
 
 class SqliteLedger(StoredLedger):
@@ -58,7 +50,7 @@ class SqliteLedger(StoredLedger):
     def __init__(self, path: str | Path, *, lease_s: float = 60.0, key_ttl_s: float = 86400.0) -> None:
         super().__init__(lease_s, key_ttl_s)
         self._path = Path(path)
-        self._writer = SqliteWriter(self._path, self._upkeep, lease_s / 3)
+        self._writer = SqliteWriter(self._path, self._perform, self._upkeep, lease_s / 3)
 
     @property
     def transactions(self) -> int:
@@ -72,13 +64,10 @@ class SqliteLedger(StoredLedger):
         await self._writer.close(self._leave)
 
     def submit(self, act: Act[_T], *, durable: bool = True) -> asyncio.Future[_T]:
-        return self._writer.submit(self._perform, act, durable=durable)
+        return self._writer.submit_act(act, durable=durable)
 
     async def balance(self, account: str) -> int | None:
         return await self._writer.submit(_balance, account)
-
-    async def record(self, events: Sequence[UsageEvent]) -> None:
-        await self.answer(self._writer.submit(_record, free_rows(events)))
 
     async def usage(self, account: str | None, limit: int, *, user: str | None = None) -> list[UsageEvent]:
         rows = await self._writer.submit(_rows, *usage_query(account, user, limit, "?"))
@@ -96,12 +85,13 @@ class SqliteLedger(StoredLedger):
 
     # These run in the writer's transactions
 
-    def _perform(self, db: Cursor, act: Act[_T]) -> _T:
+    def _perform(self, db: Cursor, acts: Sequence[Act[Any]]) -> list[Attempt]:
         now = time.time()
-        if act.hold is None and db.execute(_LEASED, (self._owner, now)).fetchone() is None:
-            # This process was suspended. Without a lease its new hold would be taken for a dead one's.
+        opening = any(act.hold is None for act in acts)
+        if opening and db.execute(_LEASED, (self._owner, now)).fetchone() is None:
+            # This process was suspended. Without a lease its new holds would be taken for a dead one's.
             self._renew(db, now)
-        return perform(db, act, now)
+        return perform(db, acts, now)
 
     def _renew(self, db: Cursor, now: float) -> None:
         db.execute(_RENEW, (self._owner, now + self._lease_s))
@@ -110,14 +100,14 @@ class SqliteLedger(StoredLedger):
         """Renew the lease, release the holds of the dead, forget old keys."""
         now = time.time()
         self._renew(db, now)
-        for hold_id, account in db.execute(_DEAD_HOLDS, (self._owner, now)).fetchall():
-            perform(db, laws.releasing(account, hold_id, "lost"), now)
+        dead = db.execute(_DEAD_HOLDS, (self._owner, now)).fetchall()
+        perform(db, [laws.releasing(account, hold_id, "lost") for hold_id, account in dead], now)
         db.execute("DELETE FROM owners WHERE lease_until <= ?", (now,))
         db.execute(_FORGET_KEYS, (now - self._key_ttl_s,))
 
     def _leave(self, db: Cursor) -> None:
-        for hold_id, account in db.execute(_MY_HOLDS, (self._owner,)).fetchall():
-            perform(db, laws.releasing(account, hold_id, "released"), time.time())
+        mine = db.execute(_MY_HOLDS, (self._owner,)).fetchall()
+        perform(db, [laws.releasing(account, hold_id, "released") for hold_id, account in mine], time.time())
         db.execute("DELETE FROM owners WHERE id = ?", (self._owner,))
 
 
@@ -128,10 +118,3 @@ def _balance(db: Cursor, account: str) -> int | None:
 
 def _rows(db: Cursor, query: str, values: tuple[object, ...]) -> list[Any]:
     return db.execute(query, values).fetchall()
-
-
-def _record(db: Cursor, rows: list[EventRow]) -> None:
-    try:
-        record(db, rows)
-    except _REFUSALS as error:
-        raise ValueError(f"The ledger does not take these events: {error}") from error

@@ -104,6 +104,12 @@ class WriteBehindLedger:
             return self._ledger.hold(account, request_id, micros, key=key)
         return FreeHold(self._ledger, self._outbox, account, request_id)
 
+    async def charge(self, event: UsageEvent, *, key: IdempotencyKey | None = None) -> None:
+        if event.price_micros or key is not None:
+            await self._ledger.charge(event, key=key)
+        else:
+            await self._outbox.put(event)
+
     async def credit(self, account: str, micros: int, reference: str) -> int:
         return await self._ledger.credit(account, micros, reference)
 

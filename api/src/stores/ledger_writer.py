@@ -12,7 +12,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -163,6 +163,18 @@ class LedgerWriter(ABC):
     def _answer(self, outcomes: Iterable[Outcome]) -> None:
         with suppress(RuntimeError):  # the loop has ended without closing the ledger: nobody is left to be told
             self._loop.call_soon_threadsafe(_resolve, list(outcomes))
+
+
+def wanted(jobs: Sequence[Job]) -> list[Job]:
+    """Those that were not cancelled meanwhile: nobody would hear of the others, so they do not happen."""
+    return [job for job in jobs if job.future is None or not job.future.cancelled()]
+
+
+def refused(error: Exception) -> ValueError:
+    """What is told of events that a database does not take. Of a database's message the first line: the rest quotes."""
+    failure = ValueError(f"The ledger does not take these events: {str(error).partition(chr(10))[0]}")
+    failure.__cause__ = error
+    return failure
 
 
 def _look_at(future: asyncio.Future[Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from .ledger_page import Act, EventRow, Page
+from .ledger_page import Act, Page
 from .postgres_session import Query
 
 _LOCK = "SELECT pg_advisory_xact_lock(account) FROM unnest(%s::bigint[]) AS account"
@@ -93,14 +93,14 @@ _ADD_EVENTS = _insert(
 _ADD_EVENTS_ONCE = f"{_ADD_EVENTS} ON CONFLICT (request_id) WHERE hold IS NULL DO NOTHING"
 
 
-def lock(accounts: Iterable[str]) -> Query:
+def lock(accounts: Iterable[str | None]) -> Query:
     """The locks of all these accounts, in the one order."""
-    return _LOCK, (sorted({_lock_number(account) for account in accounts}),)
+    return _LOCK, (sorted({_lock_number(account) for account in accounts if account is not None}),)
 
 
 def load(acts: Sequence[Act[Any]]) -> dict[str, Query]:
     """What a page for these acts takes, by the names of Page.load."""
-    queries: dict[str, Query] = {"balances": (_BALANCES, (list({act.account for act in acts}),))}
+    queries: dict[str, Query] = {"balances": (_BALANCES, (list({act.account for act in acts} - {None}),))}
     holds = [act.hold for act in acts if act.hold is not None]
     keys = _columns([(act.account, act.key) for act in acts if act.key is not None], 2)
     if holds or keys[0]:
@@ -130,13 +130,9 @@ def store(page: Page) -> list[Query]:
         (_MOVE, list(page.moved.items())),
         (_ADD_ENTRIES, list(page.entries)),
         (_ADD_EVENTS, list(page.events)),
+        (_ADD_EVENTS_ONCE, list(page.records)),
     ]
     return [(sql, _columns(rows, len(rows[0]))) for sql, rows in changes if rows]
-
-
-def record(events: Sequence[EventRow]) -> Query:
-    """Adds events that have no hold, those that are there already excepted."""
-    return _ADD_EVENTS_ONCE, _columns(events, len(EventRow._fields))
 
 
 def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> tuple[list[Any], ...]:

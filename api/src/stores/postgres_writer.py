@@ -1,7 +1,8 @@
 """The thread that writes to a PostgreSQL ledger.
 
 Owns its transactions, the lease, the migrations, and finding out what became of a commit whose answer was lost. All
-acts that wait share one transaction of two round trips: begin, lock and load; store and commit.
+acts that wait share one transaction of two round trips: begin, lock and load; store and commit. Where none of them must
+see anything, the second one suffices: what they store may be stored twice, so that nobody need know whether it was.
 
 A transaction begins by writing its number into its owner's row, which locks the row to its end. So whoever comes back
 after a lost answer and can lock the row knows that the transaction has ended, and reads there whether it was
@@ -15,17 +16,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 
 from . import ledger_laws as laws
 from .ledger_migrations import scripts_after
-from .ledger_page import Act, EventRow, Page
-from .ledger_writer import Job, LedgerWriter, Outcome, unavailable
-from .postgres_page import load, lock, record, store
+from .ledger_page import Act, Attempt, Page, attempt_all
+from .ledger_writer import Job, LedgerWriter, Outcome, refused, unavailable, wanted
+from .postgres_page import load, lock, store
 from .postgres_session import Query, Rows, Session
 
 _T = TypeVar("_T")
@@ -116,13 +116,6 @@ class PostgresWriter(LedgerWriter):
         """Queue an act; see StoredLedger.submit."""
         return self._enqueue(act, durable)
 
-    def record(self, rows: Sequence[EventRow]) -> asyncio.Future[BaseException | None]:
-        """Queue rows of usage events that have no hold; the future has what the database has against them, if anything.
-
-        They need no page, hence no locks, and one round trip. Stored once, they may be tried again after any failure.
-        """
-        return self._enqueue(partial(self._record, rows))
-
     # The thread
 
     def _open(self) -> None:
@@ -169,16 +162,11 @@ class PostgresWriter(LedgerWriter):
             else:
                 return Outcome(job.future, result, None)
 
-    def _record(self, rows: Sequence[EventRow]) -> BaseException | None:
-        try:
-            self._ask(_BEGIN, record(rows), _COMMIT)
-        except _OWN_FAULTS as refusal:
-            return refusal
-        self.transactions += 1
-        return None
-
     def _commit(self, jobs: list[Job]) -> list[Outcome]:
-        """Make acts happen; those that have waited for too long are given up, and it is certain that they did not."""
+        """Make acts happen; those that have waited for too long are given up, and it is certain that they did not.
+
+        Acts that must see nothing are the exception: nothing is certain of them.
+        """
         pause = _PAUSE_S
         error: Exception | None = None
         while jobs := self._in_time(jobs, error):
@@ -188,9 +176,7 @@ class PostgresWriter(LedgerWriter):
                 if len(jobs) > 1:  # one of them harms nobody else
                     return [outcome for job in jobs for outcome in self._commit([job])]
                 self._note_trouble(fault)
-                return [
-                    Outcome(jobs[0].future, None, unavailable(fault) if isinstance(fault, psycopg.Error) else fault)
-                ]
+                return [Outcome(jobs[0].future, None, _failure(jobs[0].work, fault))]
             except _Unknown as unknown:
                 return [Outcome(job.future, None, unavailable(unknown)) for job in jobs]
             except psycopg.Error as trouble:
@@ -205,11 +191,11 @@ class PostgresWriter(LedgerWriter):
         return []
 
     def _in_time(self, jobs: list[Job], error: Exception | None) -> list[Job]:
-        """Answer the jobs that have waited for too long, and return the others."""
+        """Answer the jobs that have waited for too long, and return the others that are still wanted."""
         oldest = time.monotonic() - self._patience_s
         in_time: list[Job] = []
         late: list[Job] = []
-        for job in jobs:
+        for job in wanted(jobs):
             (late if job.since < oldest and isinstance(job.work, Act) else in_time).append(job)
         if late:
             self._answer([Outcome(job.future, None, unavailable(error)) for job in late])
@@ -226,13 +212,22 @@ class PostgresWriter(LedgerWriter):
 
     def _transact(self, jobs: Sequence[Job]) -> list[Outcome]:
         acts = [job.work for job in jobs]
+        if all(act.account is None for act in acts):
+            return self._store_blindly(jobs)
         head = self._head(durable=any(job.durable for job in jobs))
         loading = load(acts)
         rows = self._ask(*head, lock(act.account for act in acts), *loading.values())
         page = self._page(rows[len(head) - 1], dict(zip(loading, rows[len(head) + 1 :], strict=True)))
-        outcomes = [_attempt(job, page) for job in jobs]
+        attempts = attempt_all(acts, page)
         self._store(page)
-        return outcomes
+        return _outcomes(jobs, attempts)
+
+    def _store_blindly(self, jobs: Sequence[Job]) -> list[Outcome]:
+        page = Page(time.time(), self._new_id)
+        attempts = attempt_all([job.work for job in jobs], page)
+        self._ask(_BEGIN, *store(page), _COMMIT)
+        self.transactions += 1
+        return _outcomes(jobs, attempts)
 
     def _head(self, *, durable: bool) -> list[Query]:
         """The beginning of a transaction. Its last query locks our row and tells the time."""
@@ -341,11 +336,15 @@ class _Unknown(Exception):
     """Nobody can say whether a transaction was committed."""
 
 
-def _attempt(job: Job, page: Page) -> Outcome:
-    try:
-        return Outcome(job.future, job.work.apply(page), None)
-    except Exception as error:
-        return Outcome(job.future, None, error)
+def _outcomes(jobs: Sequence[Job], attempts: Sequence[Attempt]) -> list[Outcome]:
+    return [Outcome(job.future, *attempt) for job, attempt in zip(jobs, attempts, strict=True)]
+
+
+def _failure(act: Act[Any], fault: Exception) -> Exception:
+    """What is told of an act whose own values the database does not take."""
+    if act.account is None:
+        return refused(fault)
+    return unavailable(fault) if isinstance(fault, psycopg.Error) else fault
 
 
 def _migrate(run: Callable[[str], Rows]) -> None:

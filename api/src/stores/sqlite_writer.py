@@ -1,8 +1,9 @@
 """The thread that writes to one SQLite file.
 
 Owns the connection, the file's migrations and its transactions. Knows nothing of what is written: operations are
-functions that get a cursor. All that wait share one transaction, each in a savepoint of its own, and are answered
-after the commit: one fsync serves many.
+functions that get a cursor, and acts are given to one that performs all of them. All that wait share one transaction,
+the acts that follow each other in one savepoint, each operation in its own, and are answered after the commit: one
+fsync serves many.
 """
 
 from __future__ import annotations
@@ -11,31 +12,52 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 from .ledger_migrations import scripts_after
-from .ledger_writer import Job, LedgerWriter, Outcome, unavailable
+from .ledger_page import Act, Attempt
+from .ledger_writer import Job, LedgerWriter, Outcome, refused, unavailable, wanted
 
 Cursor = sqlite3.Cursor
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
 _RETRY_S = 0.02
+_REFUSALS = (
+    sqlite3.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.ProgrammingError,
+    sqlite3.InterfaceError,
+    OverflowError,
+)
+"""What the values themselves can cause."""
+
 _log = logging.getLogger(__name__)
 
 
 class SqliteWriter(LedgerWriter):
-    """Runs submitted functions, and `tick` at the start and every `tick_s` seconds.
+    """Runs submitted functions and acts, and `tick` at the start and every `tick_s` seconds.
+
+    `perform` gets acts that follow each other; what it raises is of one of them, and undoes all it did.
 
     `busy_s` is how long to wait for another process's write lock. The file is made with mode 0600, and its folder.
     Starting raises OSError, sqlite3.Error, or RuntimeError for a file of a newer version.
     """
 
-    def __init__(self, path: Path, tick: Callable[[Cursor], None], tick_s: float, busy_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        perform: Callable[[Cursor, Sequence[Act[Any]]], list[Attempt]],
+        tick: Callable[[Cursor], None],
+        tick_s: float,
+        busy_s: float = 5.0,
+    ) -> None:
         super().__init__("sqlite-writer", tick, tick_s)
+        self._perform = perform
         self._path = path
         self._busy_s = busy_s
         self._synchronous = ""
@@ -43,10 +65,14 @@ class SqliteWriter(LedgerWriter):
     def submit(self, operation: Callable[[Cursor, *_Ts], _T], *args: *_Ts, durable: bool = True) -> asyncio.Future[_T]:
         """Queue `operation(cursor, *args)`; the future has its result after the commit, or its exception.
 
-        It runs even if the future is cancelled. Database trouble becomes Unavailable; then nothing was changed.
-        Not `durable`: a power failure (not a crash) may undo it, unless a durable one was committed after it.
+        Database trouble becomes Unavailable; then nothing was changed. Cancelled, or not `durable`: see
+        StoredLedger.submit.
         """
         return self._enqueue(lambda db: operation(db, *args), durable)
+
+    def submit_act(self, act: Act[_T], *, durable: bool) -> asyncio.Future[_T]:
+        """Queue an act; as `submit`."""
+        return self._enqueue(act, durable)
 
     def _open(self) -> None:
         self._connection = _connect(self._path, self._busy_s)
@@ -57,10 +83,11 @@ class SqliteWriter(LedgerWriter):
 
     def _execute(self, jobs: list[Job]) -> list[Outcome]:
         db = self._connection.cursor()
+        jobs = wanted(jobs)
         try:
             self._sync(db, "FULL" if any(job.durable for job in jobs) else "NORMAL")
             db.execute("BEGIN IMMEDIATE")
-            outcomes = [_attempt(db, job) for job in jobs]
+            outcomes = self._run_jobs(db, jobs)
             db.execute("COMMIT")
         except Exception as error:
             _log.warning("a ledger transaction failed: %r", error)
@@ -70,6 +97,27 @@ class SqliteWriter(LedgerWriter):
         self.transactions += 1
         return outcomes
 
+    def _run_jobs(self, db: Cursor, jobs: list[Job]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for are_acts, group in groupby(jobs, key=lambda job: isinstance(job.work, Act)):
+            if are_acts:
+                outcomes += self._run_acts(db, list(group))
+            else:
+                outcomes += [_run_operation(db, job) for job in group]
+        return outcomes
+
+    def _run_acts(self, db: Cursor, jobs: list[Job]) -> list[Outcome]:
+        try:
+            with _savepoint(db):
+                attempts = self._perform(db, [job.work for job in jobs])
+        except _TransactionGone:
+            raise
+        except Exception as error:
+            if len(jobs) > 1:  # one of them harms nobody else
+                return [outcome for job in jobs for outcome in self._run_acts(db, [job])]
+            attempts = [Attempt(None, _failure(error, of_events=jobs[0].work.account is None))]
+        return [Outcome(job.future, *attempt) for job, attempt in zip(jobs, attempts, strict=True)]
+
     def _sync(self, db: Cursor, synchronous: str) -> None:
         """In WAL mode FULL syncs every commit, those before it included, and NORMAL none."""
         if synchronous != self._synchronous:
@@ -77,18 +125,41 @@ class SqliteWriter(LedgerWriter):
             self._synchronous = synchronous
 
 
-def _attempt(db: Cursor, job: Job) -> Outcome:
-    """Run one job so that its failure undoes only itself. Raises if the whole transaction is gone."""
-    result, failure = None, None
+class _TransactionGone(Exception):
+    """SQLite itself has rolled all back, as where the disk is full."""
+
+
+@contextmanager
+def _savepoint(db: Cursor) -> Iterator[None]:
+    """What fails within is undone, alone. Raises _TransactionGone if that is no longer possible."""
     db.execute("SAVEPOINT operation")
     try:
-        result = job.work(db)
+        yield
     except Exception as error:
-        # SQLite itself may have rolled all back (disk full); then this raises.
-        db.execute("ROLLBACK TO operation")
-        failure = unavailable(error) if isinstance(error, sqlite3.Error) else error
+        try:
+            db.execute("ROLLBACK TO operation")
+        except sqlite3.Error:
+            raise _TransactionGone from error
+        db.execute("RELEASE operation")
+        raise
     db.execute("RELEASE operation")
-    return Outcome(job.future, result, failure)
+
+
+def _run_operation(db: Cursor, job: Job) -> Outcome:
+    try:
+        with _savepoint(db):
+            return Outcome(job.future, job.work(db), None)
+    except _TransactionGone:
+        raise
+    except Exception as error:
+        return Outcome(job.future, None, _failure(error))
+
+
+def _failure(error: Exception, *, of_events: bool = False) -> Exception:
+    """What is told of something that failed; of events that the file does not take, that they are at fault."""
+    if of_events and isinstance(error, _REFUSALS):
+        return refused(error)
+    return unavailable(error) if isinstance(error, sqlite3.Error) else error
 
 
 def _connect(path: Path, busy_s: float) -> sqlite3.Connection:
