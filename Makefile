@@ -25,7 +25,7 @@ TRACES := $(or $(TTS_TRACES),$(shell sed -n 's/^TTS_TRACES=//p' .env 2>/dev/null
 SERVE  += $(if $(filter true True TRUE 1 yes on,$(TRACES)),.traces)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-qwen3 serve test check format bench bench-server bench-engine bench-cpu bench-limits bench-ledger bench-simulate faults judge clean
+.PHONY: help setup setup-qwen3 serve test test-all check format bench bench-server bench-engine bench-cpu bench-limits bench-ledger bench-simulate faults judge clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,7 +35,10 @@ setup-qwen3: $(VENV)/.qwen3 ## add torch and what the engine needs
 serve: $(addprefix $(VENV)/,$(SERVE)) ## serve on TTS_HOST:TTS_PORT (make serve TTS_PORT=18000)
 	@exec $(BIN)/qwen3-tts serve
 
-test: $(VENV)/.test ## run every test; the PostgreSQL and Redis that they start are installed too
+test: $(VENV)/.test ## run the tests that do not take long; the PostgreSQL and Redis that they start are installed too
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test ## run every test, as CI does
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev ## lint, formatting, types, import directions

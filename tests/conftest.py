@@ -8,18 +8,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
+from api.src.cli import IDLE_S
 from api.src.main import create_app
 from api.src.settings import Settings
 from api.src.speech.service import Qwen3TTSService
 from tests.fakes import FakeBackend
+
+hypothesis_settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("any machine")
 
 
 @dataclass
@@ -41,7 +47,11 @@ class Server:
         with closing(sqlite3.connect(self.folder / "ledger.db")) as db:
             return int(db.execute("SELECT count(*) FROM holds WHERE state = 'open'").fetchone()[0])
 
-    def wait_idle(self, seconds: float = 10.0) -> None:
+    def give_up_after(self, seconds: float) -> None:
+        """The time-out of requests from now on; those that run keep theirs, so that no test need be quick to begin."""
+        self.service._limits = replace(self.service._limits, request_timeout_s=seconds)
+
+    def wait_idle(self, seconds: float = 30.0) -> None:
         """Wait until no generation, listener, permit, hold, task or temp file is left."""
         deadline = time.monotonic() + seconds
         while rest := self.leftovers():
@@ -72,7 +82,9 @@ def run_server(folder: Path, backend: Any, **settings: Any) -> Iterator[Server]:
         **{"log_level": "warning", "ledger_url": f"sqlite:///{folder / 'ledger.db'}", **settings},
     )
     app = create_app(configured, backend=backend)
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=2, timeout_keep_alive=IDLE_S
+    )
     server = uvicorn.Server(config)
     loops: list[asyncio.AbstractEventLoop] = []
 

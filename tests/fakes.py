@@ -1,8 +1,9 @@
-"""A backend in some forty lines: sine waves instead of speech, with faults and delays on demand."""
+"""A backend in some fifty lines: sine waves instead of speech, with faults, delays and halts on demand."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
@@ -21,11 +22,13 @@ OPENAI_VOICES = (
 class FakeBackend:
     """Speaks `seconds_per_segment` of a tone for each segment, `delay_s` after it was asked for it.
 
-    A segment whose text holds "FAIL" raises. `spoken` counts runs, `open` those that have not ended. `engines` is
-    what `stats` answers.
+    Of each run it speaks `allowed` segments, and then waits until a test sets it to more: so a test sees what there is
+    in the middle of a run for as long as it likes, however slow the machine. A segment whose text holds "FAIL" raises.
+    `spoken` counts runs, `open` those that have not ended. `engines` is what `stats` answers.
     """
 
     delay_s: float = 0.0
+    allowed: float = math.inf
     seconds_per_segment: float = 0.4
     ready: bool = True
     name: str = "fake"
@@ -66,15 +69,23 @@ class FakeBackend:
     ) -> AsyncGenerator[AudioChunk, None]:
         self.spoken += 1
         self.open += 1
+        number = 0
         try:
             async for segment in segments:
-                await asyncio.sleep(self.delay_s)
+                number += 1
+                await self.turn(number)
                 if "FAIL" in segment.text:
                     raise RuntimeError("planted failure")
                 self.segments.append(segment)
                 yield AudioChunk(self.sound(segment, voice, request.seed), SAMPLE_RATE, segment)
         finally:
             self.open -= 1
+
+    async def turn(self, number: int) -> None:
+        """Wait until a run may speak its segment of this number, counted from 1."""
+        await asyncio.sleep(self.delay_s)
+        while number > self.allowed:  # noqa: ASYNC110 (a test in another thread sets it)
+            await asyncio.sleep(0.002)
 
     def sound(self, segment: Segment, voice: Voice, seed: int) -> np.ndarray:
         """The samples of one segment."""

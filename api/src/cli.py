@@ -38,6 +38,11 @@ GRACE_S = 5
 COLLECT_AFTER = 5_000
 """Objects that may come and stay before the garbage collector looks at them: those of some fifty requests at once."""
 
+IDLE_S = 75
+"""Seconds that a connection may idle between requests: longer than clients (5 s in httpx, hence in the openai package)
+and proxies (60 s) keep theirs. They must be the first to close: else a request now and then meets the end of its
+connection."""
+
 UNSENT_BYTES = 128 * 1024
 """Bytes that the kernel holds unsent for one connection before it makes the server wait."""
 
@@ -97,6 +102,7 @@ def serve_app(app: FastAPI, settings: Settings) -> None:
         log_config=None,
         access_log=False,  # the app leaves its own line per request, without client data
         timeout_graceful_shutdown=GRACE_S,
+        timeout_keep_alive=IDLE_S,
     )
     with contextlib.suppress(KeyboardInterrupt):  # raised again like SIGTERM above
         _Server(config, settings.stall_timeout_s).run()

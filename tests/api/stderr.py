@@ -24,7 +24,7 @@ def accesses(lines: list[str]) -> list[dict[str, Any]]:
 
 def until(condition: Callable[[], bool]) -> None:
     """A request's line is written after its answer has been sent."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from api.src.domain import AudioChunk, SpeechRequest
+from api.src.domain import SpeechRequest
 from api.src.text.segment import segment
 from tests.api.wire import BYTES_PER_SECOND, FAILS_LATE, FORMATS, STORY, RawClient, assert_error, speak, usage
 from tests.conftest import Server
 from tests.fakes import FakeBackend
+from tests.speech.asking import wait_until
 
 PRICES = """
 [default]
@@ -69,7 +68,21 @@ def server(start: Callable[..., Server]) -> Server:
 
 @pytest.fixture
 def slow(start: Callable[..., Server]) -> Server:
-    return start(FakeBackend(delay_s=0.15))
+    """One that speaks the first segment and then waits until the test lets it go on."""
+    return start(FakeBackend(allowed=1))
+
+
+def go_on(server: Server) -> None:
+    server.backend.allowed = math.inf
+
+
+def speak_meanwhile(server: Server, text: str, headers: dict[str, str]) -> httpx.Response:
+    """Ask while another listens, and let the server go on once both do."""
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(speak, server.client, text, headers)
+        wait_until(lambda: answer.done() or len(server.service._listeners) == 2)
+        go_on(server)
+        return answer.result()
 
 
 def credit(server: Server, account: str, micros: int) -> None:
@@ -135,7 +148,7 @@ def test_base64_silence_and_no_store_cost_like_any_other(server: Server) -> None
 
 def test_a_join_costs_what_a_miss_costs(slow: Server) -> None:
     with slow.client.stream("POST", "/v1/audio/speech", json={"input": STORY}, headers=ALICE) as miss:
-        join = speak(slow.client, STORY, BOB)
+        join = speak_meanwhile(slow, STORY, BOB)
         miss.read()
     assert (miss.headers["x-cache"], join.headers["x-cache"]) == ("miss", "join")
     assert charges(slow, ALICE) == charges(slow, BOB) == [("completed", len(STORY), len(STORY) * FULL)]
@@ -146,6 +159,7 @@ def test_the_price_is_held_while_it_speaks_and_settled_before_the_last_byte(slow
     with slow.client.stream("POST", "/v1/audio/speech", json={"input": STORY}, headers=ALICE) as answer:
         assert spent(slow) == price
         assert charges(slow) == []
+        go_on(slow)
         answer.read()
     assert charges(slow) == [("completed", len(STORY), price)]  # at once: not later
     assert spent(slow) == price
@@ -191,7 +205,7 @@ def test_an_account_without_a_wallet_is_not_bounded(server: Server) -> None:
 
 
 def test_no_more_is_held_than_there_is_however_many_come_at_once(start: Callable[..., Server]) -> None:
-    server = start(FakeBackend(delay_s=0.1))
+    server = start(FakeBackend(delay_s=0.01))
     credit(server, "carol", 3 * 6 * FULL)
     carol = {"Authorization": "Bearer carols-key"}
     with ThreadPoolExecutor(10) as pool:
@@ -231,20 +245,9 @@ def test_a_failure_in_the_middle_costs_nothing(server: Server) -> None:
 # --- clients that leave ---
 
 
-class Halting(FakeBackend):
-    """Speaks two segments, then waits until it is closed."""
-
-    async def speak(self, *request: Any) -> AsyncGenerator[AudioChunk, None]:
-        async with aclosing(super().speak(*request)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-                if len(self.segments) == 2:
-                    await asyncio.Event().wait()
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_who_leaves_midway_pays_for_the_segments_it_was_sent(start: Callable[..., Server], format: str) -> None:
-    server = start(Halting())
+    server = start(FakeBackend(allowed=2))
     ends = [part.end for part in segment(STORY)]
     with RawClient(server.url) as client:
         client.speak("Authorization: Bearer alices-key", response_format=format)
@@ -261,7 +264,7 @@ def test_who_leaves_midway_pays_for_the_segments_it_was_sent(start: Callable[...
 def test_sound_that_was_made_but_not_sent_is_not_paid_for(
     start: Callable[..., Server], stream_format: str, read: int
 ) -> None:
-    server = start(Halting(delay_s=0.0 if read == 2 else 0.3))
+    server = start(FakeBackend(allowed=read))
     bytes_per_segment = 0.4 * BYTES_PER_SECOND * (4 / 3 if stream_format == "sse" else 1)
     with RawClient(server.url) as client:
         client.speak("Authorization: Bearer alices-key", response_format="pcm", stream_format=stream_format)
@@ -272,10 +275,10 @@ def test_sound_that_was_made_but_not_sent_is_not_paid_for(
 
 
 def test_who_leaves_before_the_first_sound_pays_nothing(slow: Server) -> None:
+    slow.backend.allowed = 0
     with RawClient(slow.url) as client:
         client.speak("Authorization: Bearer alices-key")
-        while not slow.open_holds():
-            time.sleep(0.01)
+        wait_until(lambda: slow.open_holds() == 1)
         assert spent(slow) == len(STORY) * FULL
     slow.wait_idle()
     assert (spent(slow), charges(slow), slow.backend.segments) == (0, [], [])
@@ -286,6 +289,8 @@ def test_who_leaves_a_join_leaves_the_other_in_peace(slow: Server) -> None:
         with RawClient(slow.url) as client:
             client.speak("Authorization: Bearer bobs-key")
             client.read_sound(1)
+        wait_until(lambda: len(slow.service._listeners) == 1)
+        go_on(slow)
         miss.read()
     slow.wait_idle()
     assert charges(slow, ALICE) == [("completed", len(STORY), len(STORY) * FULL)]
@@ -302,8 +307,9 @@ def test_the_first_may_leave_and_the_one_that_joined_gets_all(slow: Server) -> N
         client.read_sound(1)
         thread = threading.Thread(target=lambda: joined.append(speak(slow.client, STORY, BOB)))
         thread.start()
-        while len(slow.service._listeners) < 2:
-            time.sleep(0.005)
+        wait_until(lambda: len(slow.service._listeners) == 2)
+    wait_until(lambda: len(slow.service._listeners) == 1)
+    go_on(slow)
     thread.join()
     assert joined[0].headers["x-cache"] == "join"
     assert joined[0].content == speak(slow.client, STORY, BOB).content
@@ -351,18 +357,18 @@ def test_a_repeat_while_the_first_still_runs(slow: Server, headers: dict[str, st
     once = {**ONCE, **headers}
     with slow.client.stream("POST", "/v1/audio/speech", json={"input": STORY}, headers=once) as first:
         assert_error(speak(slow.client, "Other.", once), 400, param="Idempotency-Key")
-        repeat = speak(slow.client, STORY, once)
+        repeat = speak_meanwhile(slow, STORY, once)
         assert repeat.content == first.read()
     assert spent(slow) == len(STORY) * FULL
     assert sorted(price for *_, price in charges(slow)) == [0, len(STORY) * FULL]
 
 
 def test_a_repeat_fits_into_a_wallet_that_the_first_has_emptied(start: Callable[..., Server]) -> None:
-    server = start(FakeBackend(delay_s=0.1))
+    server = start(FakeBackend(allowed=1))
     credit(server, "carol", len(STORY) * FULL)
     once = {"Authorization": "Bearer carols-key", "Idempotency-Key": "once"}
     with server.client.stream("POST", "/v1/audio/speech", json={"input": STORY}, headers=once) as first:
-        assert speak(server.client, STORY, once).status_code == 200
+        assert speak_meanwhile(server, STORY, once).status_code == 200
         first.read()
     assert speak(server.client, STORY, once).status_code == 200
     assert balance(server, {"Authorization": "Bearer carols-key"}) == 0
@@ -374,6 +380,7 @@ def test_a_repeat_after_a_hang_up_pays_the_rest(slow: Server) -> None:
         client.read_sound(1)
     slow.wait_idle()
     assert 0 < spent(slow) < len(STORY) * FULL
+    go_on(slow)
     repeat = {"Authorization": "Bearer alices-key", "Idempotency-Key": "once", "Content-Type": "application/json"}
     body = b'{"input": "' + STORY.encode() + b'"}'
     assert slow.client.post("/v1/audio/speech", content=body, headers=repeat).status_code == 200

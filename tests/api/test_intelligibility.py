@@ -42,6 +42,7 @@ def spoken(server: Server, text: str, **fields: str) -> bytes:
     return answer.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("voice", "format"), [("onyx", "mp3"), ("onyx", "opus"), ("onyx", "wav"), ("nova", "mp3")])
 def test_the_voice_is_understood(
     speaking_server: Server, recogniser: WhisperModel, voice: str, format: AudioFormat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from tests.api.stderr import StderrLines, accesses, records, until
 from tests.api.wire import FAILS_LATE, PARTS, RawClient, speak
 from tests.conftest import Server
 from tests.fakes import FakeBackend
+from tests.speech.asking import stalled, wait_until
 
-DELAY_S = 0.2
+DELAY_S = 0.1
 SMALL, LARGE = "qwen3-tts-12hz-0.6b-custom-voice", "qwen3-tts-12hz-1.7b-voice-design"
 
 
@@ -100,26 +102,33 @@ def test_engine_metrics_have_types_and_one_help_each(server: Server, backend: Fa
 # --- the first sound ---
 
 
-def test_the_first_sound_is_observed_once_for_each_way_to_it(server: Server) -> None:
-    statuses = []
+def test_the_first_sound_is_observed_once_for_each_way_to_it(server: Server, backend: FakeBackend) -> None:
+    took: dict[str, float] = {}
 
     def ask(**headers: str) -> None:
-        statuses.append(speak(server.client, headers=headers).headers["x-cache"])
+        began = time.monotonic()
+        status = speak(server.client, headers=headers).headers["x-cache"]
+        took[status] = time.monotonic() - began
 
-    miss = threading.Thread(target=ask)
+    backend.allowed = 0
+    miss, join = threading.Thread(target=ask), threading.Thread(target=ask)
     miss.start()
-    until(lambda: server.backend.open == 1)
-    ask()
+    until(lambda: backend.open == 1)
+    time.sleep(DELAY_S)
+    join.start()
+    until(lambda: len(server.service._listeners) == 2)
+    backend.allowed = math.inf
     miss.join()
+    join.join()
     ask()
     ask(**{"Cache-Control": "no-store"})
-    assert sorted(statuses) == ["bypass", "hit", "join", "miss"]
+    assert sorted(took) == ["bypass", "hit", "join", "miss"]
     found = first_sounds(server)
-    assert {status: count for status, (count, _) in found.items()} == dict.fromkeys(statuses, 1)
+    assert {status: count for status, (count, _) in found.items()} == dict.fromkeys(took, 1)
     assert found["miss"][1] >= DELAY_S
     assert found["bypass"][1] >= DELAY_S
-    assert 0 < found["join"][1] < found["miss"][1]
-    assert 0 < found["hit"][1] < found["miss"][1]
+    for status, (_, seconds) in found.items():
+        assert 0 < seconds < took[status], "of this request alone"
 
 
 def test_the_first_sound_is_counted_from_the_arrival_of_the_request(server: Server) -> None:
@@ -147,9 +156,12 @@ def counted(server: Server, name: str, *labels: str) -> tuple[float, float]:
 
 def test_whole_answers_are_timed_to_their_end(server: Server) -> None:
     speak(server.client, PARTS[0] + PARTS[1])
+    began = time.monotonic()
     speak(server.client, PARTS[0] + PARTS[1])
+    took = time.monotonic() - began
     with pytest.raises(httpx.RemoteProtocolError):
         speak(server.client, FAILS_LATE)
+    server.backend.allowed = 1
     with RawClient(server.url) as client:
         client.speak(seed=1)
         client.read_sound(1)
@@ -158,44 +170,57 @@ def test_whole_answers_are_timed_to_their_end(server: Server) -> None:
     assert count == 1, "neither what failed nor what was left"
     assert seconds >= 2 * DELAY_S
     assert counted(server, "tts_speech_seconds", "hit")[0] == 1
-    assert counted(server, "tts_speech_seconds", "hit")[1] < DELAY_S
+    assert counted(server, "tts_speech_seconds", "hit")[1] < took
 
 
 def test_a_run_is_compared_with_its_sound(server: Server) -> None:
+    began = time.monotonic()
     speak(server.client, PARTS[0] + PARTS[1])
+    took = time.monotonic() - began
     speak(server.client, "This will FAIL.")
     server.wait_idle()
     count, ratio = counted(server, "tts_real_time_factor")
     assert count == 1
-    assert 2 * DELAY_S / 0.8 <= ratio < 1.5, "0.8 s of sound took two delays"
+    assert 2 * DELAY_S / 0.8 <= ratio <= took / 0.8, "0.8 s of sound took two delays"
 
 
 def test_a_slow_listener_does_not_make_a_run_look_slow(start_server: Callable[..., Server]) -> None:
-    server = start_server(FakeBackend(seconds_per_segment=60.0), stall_timeout_s=20)
+    server = start_server(FakeBackend(seconds_per_segment=60.0), stall_timeout_s=60)
     began = time.monotonic()
     with RawClient(server.url) as client:
         client.speak("Cache-Control: no-store", response_format="pcm")
         client.read_sound(1)
-        time.sleep(2)
+        (generation,) = server.service._running
+        wait_until(stalled(generation))
+        paused = time.monotonic()
+        time.sleep(0.5)
+        paused = time.monotonic() - paused
         while not client.received.endswith(b"0\r\n\r\n"):
             client.received += client.socket.recv(1 << 20)
     elapsed = time.monotonic() - began
     server.wait_idle()
     count, ratio = counted(server, "tts_real_time_factor")
     assert count == 1
-    assert ratio * len(PARTS) * 60.0 < elapsed - 1.5
+    assert ratio * len(PARTS) * 60.0 < elapsed - 0.9 * paused
 
 
 def test_the_wait_for_a_permit_is_seen(start_server: Callable[..., Server]) -> None:
-    server = start_server(FakeBackend(delay_s=DELAY_S), max_concurrent=1)
+    backend = FakeBackend(allowed=0)
+    server = start_server(backend, max_concurrent=1)
+    began = time.monotonic()
     threads = [threading.Thread(target=speak, args=(server.client, part)) for part in PARTS[:3]]
     for thread in threads:
         thread.start()
+    until(lambda: server.service.admission.waiting == 2)
+    waiting = time.monotonic()
+    time.sleep(DELAY_S)
+    waited = time.monotonic() - waiting
+    backend.allowed = math.inf
     for thread in threads:
         thread.join()
     count, seconds = counted(server, "tts_queue_wait_seconds")
     assert count == 3
-    assert 3 * DELAY_S * 0.8 < seconds < 6 * DELAY_S + 1, "none, one run and two runs"
+    assert 2 * waited <= seconds < 2 * (time.monotonic() - began), "two have waited"
 
 
 def test_ready_and_lost_lines(server: Server) -> None:
@@ -264,15 +289,15 @@ class TestLog:
         assert "first_sound_ms" not in failed
 
     def test_a_hang_up_leaves_what_was_made_until_then(self, server: Server, stderr_lines: StderrLines) -> None:
+        server.backend.allowed = 2
         with RawClient(server.url) as client:
             client.speak(response_format="pcm")
             client.read_sound(1)
+            until(lambda: len(server.backend.segments) == 2)
         server.wait_idle()
         until(lambda: len([record for record in accesses(stderr_lines()) if "frames" in record]) == 1)
         (record,) = [record for record in accesses(stderr_lines()) if "frames" in record]
-        made = len(server.backend.segments)
-        assert 0 < made < len(PARTS)
-        assert (record["audio_ms"], record["frames"]) == (400 * made, 5 * made)
+        assert (record["audio_ms"], record["frames"]) in [(400 * made, 5 * made) for made in (1, 2)]
 
     def test_a_server_that_stops_writes_it_to_the_right_line(self, server: Server, stderr_lines: StderrLines) -> None:
         """The listener is closed by another task then."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tests.api.wire import FAILS_LATE, FORMATS, PARTS, STORY, events
 from tests.conftest import Server
 from tests.decoding import decoded
 from tests.fakes import OPENAI_VOICES, FakeBackend
+from tests.speech.asking import wait_until
 
 SPEECH = {"model": "gpt-4o-mini-tts", "voice": "coral", "input": STORY}
 
@@ -70,33 +72,34 @@ def test_every_voice_that_the_client_names(client: openai.OpenAI, voice: Any) ->
 
 @pytest.mark.parametrize("format", ["mp3", "wav", "opus"])
 def test_streaming_starts_before_the_end(start_server: Callable[..., Server], tmp_path: Path, format: Any) -> None:
-    server = start_server(FakeBackend(delay_s=0.15))
+    server = start_server(FakeBackend(allowed=1))
+    arrivals = []
     with (
         client_of(server) as client,
         client.audio.speech.with_streaming_response.create(**SPEECH, response_format=format) as answer,
     ):
         assert answer.headers["x-cache"] == "miss"
-        arrivals = [(len(server.backend.segments), chunk) for chunk in answer.iter_bytes()]
-    assert arrivals[0][0] == 1
-    assert arrivals[-1][0] == len(PARTS)
+        for chunk in answer.iter_bytes():
+            arrivals.append(chunk)
+            server.backend.allowed += 1  # each segment is made only when the one before was heard
     assert len(arrivals) >= len(PARTS)
     with (
         client_of(server) as client,
         client.audio.speech.with_streaming_response.create(**SPEECH, response_format=format) as answer,
     ):
         answer.stream_to_file(tmp_path / "speech")
-    assert (tmp_path / "speech").read_bytes() == b"".join(chunk for _, chunk in arrivals)
+    assert (tmp_path / "speech").read_bytes() == b"".join(arrivals)
 
 
 def test_leaving_a_stream_early_stops_the_synthesis(start_server: Callable[..., Server]) -> None:
-    server = start_server(FakeBackend(delay_s=0.2))
+    server = start_server(FakeBackend(allowed=1))
     with (
         client_of(server) as client,
         client.audio.speech.with_streaming_response.create(**SPEECH) as answer,
     ):
         next(answer.iter_bytes())
     server.wait_idle()
-    assert len(server.backend.segments) < len(PARTS)
+    assert len(server.backend.segments) == 1
 
 
 def test_raw_response(client: openai.OpenAI) -> None:
@@ -129,10 +132,10 @@ def stream_events(client: openai.OpenAI, text: str) -> openai.Stream[Any]:
 
 
 def test_events_through_the_clients_decoder(start_server: Callable[..., Server]) -> None:
-    server = start_server(FakeBackend(delay_s=0.1))
+    server = start_server(FakeBackend(allowed=1))
     with client_of(server) as client, stream_events(client, STORY) as stream:
         first = next(stream)
-        assert len(server.backend.segments) < len(PARTS)
+        server.backend.allowed = math.inf
         kinds = [first["type"], *(event["type"] for event in stream)]
     assert kinds == ["speech.audio.delta"] * (len(kinds) - 1) + ["speech.audio.done"]
 
@@ -219,16 +222,24 @@ def test_a_failure_in_the_middle(client: openai.OpenAI) -> None:
 
 
 def test_a_client_that_retries_comes_back_when_it_was_told_to(start_server: Callable[..., Server]) -> None:
-    server = start_server(FakeBackend(delay_s=0.4), max_concurrent=1, queue_size=0)
+    server = start_server(FakeBackend(allowed=0), max_concurrent=1, queue_size=0)
+    refused = 'tts_http_requests_total{route="/v1/audio/speech",status="503"} 1.0'
+
+    def end_the_first() -> None:
+        wait_until(lambda: refused in server.client.get("/metrics").text)
+        server.backend.allowed = math.inf
+
     with client_of(server) as client, client_of(server, max_retries=1) as patient:
         first = threading.Thread(target=lambda: client.audio.speech.create(**{**SPEECH, "input": "First."}))
         first.start()
-        while not server.service.admission.running:
-            time.sleep(0.005)
+        wait_until(lambda: server.service.admission.running == 1)
+        ending = threading.Thread(target=end_the_first)
+        ending.start()
         started = time.monotonic()
         assert patient.audio.speech.create(**{**SPEECH, "input": "Second."}).read()
         assert time.monotonic() - started >= 1
         first.join()
+        ending.join()
 
 
 # --- models ---
@@ -264,11 +275,14 @@ async def test_async_create_and_models(house: Server) -> None:
 
 
 async def test_async_streaming(start_server: Callable[..., Server]) -> None:
-    server = await asyncio.to_thread(start_server, FakeBackend(delay_s=0.1))
+    server = await asyncio.to_thread(start_server, FakeBackend(allowed=1))
+    arrivals = []
     async with (
         async_client_of(server) as client,
         client.audio.speech.with_streaming_response.create(**SPEECH) as answer,
     ):
-        arrivals = [(len(server.backend.segments), chunk) async for chunk in answer.iter_bytes()]
-    assert arrivals[0][0] == 1
-    assert len(decoded("mp3", b"".join(chunk for _, chunk in arrivals))) >= 1.6 * 24_000
+        async for chunk in answer.iter_bytes():
+            arrivals.append(chunk)
+            server.backend.allowed += 1
+    assert len(arrivals) >= len(PARTS)
+    assert len(decoded("mp3", b"".join(arrivals))) >= 1.6 * 24_000

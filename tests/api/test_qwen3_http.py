@@ -6,6 +6,7 @@ The weights are random: their sound says nothing, but it follows from the text a
 from __future__ import annotations
 
 import base64
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from tests.api.qwen3_process import FRAME, MOST_APART, NO_STORE, Qwen3Server, ap
 from tests.api.wire import FORMATS, OPENAI_MODELS, assert_error, events, speak  # noqa: E402
 from tests.engine.checkpoints import tiny  # noqa: E402
 from tests.fakes import OPENAI_VOICES  # noqa: E402
+from tests.moments import measured_again  # noqa: E402
 from tests.speech.asking import wait_until  # noqa: E402
 from tests.speech.caller import Caller  # noqa: E402
 
@@ -75,7 +77,9 @@ def test_it_says_what_is_loaded(custom: Qwen3Server) -> None:
 # --- sound while it is made ---
 
 
+@measured_again
 def test_every_format_sounds_before_the_engine_has_ended(custom: Qwen3Server) -> None:
+    shutil.rmtree(custom.process.folder / "cache" / "audio", ignore_errors=True)
     before = custom.figures()
     sounding = threading.Barrier(len(FORMATS) + 1)
 
@@ -109,6 +113,7 @@ def test_every_format_sounds_before_the_engine_has_ended(custom: Qwen3Server) ->
         assert 0 <= len(sound) - len(expected) <= CODEC_DELAY_S * SAMPLE_RATE, format
 
 
+@measured_again
 def test_events_carry_sound_before_the_engine_has_ended(custom: Qwen3Server) -> None:
     body = {**LONG, "response_format": "pcm", "stream_format": "sse"}
     before = custom.figures()
@@ -181,6 +186,7 @@ def test_each_wish_of_the_official_client_changes_the_sound(custom: Qwen3Server)
 # --- several at once ---
 
 
+@measured_again
 def test_eight_requests_at_once_get_what_they_get_alone(custom: Qwen3Server) -> None:
     texts = (SHORT, "One two three four five.", "你好，世界。", "She said she would be here by noon.")
     wishes = ({}, {"instructions": "Calm."}, {"language": "german"})
@@ -207,6 +213,7 @@ def test_eight_requests_at_once_get_what_they_get_alone(custom: Qwen3Server) -> 
     assert min(apart(one, other) for i, one in enumerate(alone) for other in alone[:i]) > 0.01
 
 
+@measured_again
 def test_a_hang_up_frees_the_slot_at_once(custom: Qwen3Server) -> None:
     before = custom.figures()
     with Caller(custom.process.url) as caller:

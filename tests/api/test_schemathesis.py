@@ -48,7 +48,13 @@ def answered(server: Server, route: str) -> set[str]:
 @pytest.mark.parametrize(
     ("settings", "key", "options"),
     [
-        pytest.param(KEYS, "the-admin-key", ["--phases=coverage,fuzzing", "--max-examples=40"], id="as the admin"),
+        pytest.param(
+            KEYS,
+            "the-admin-key",
+            ["--phases=coverage,fuzzing", "--max-examples=40"],
+            id="as the admin",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({}, None, ["--phases=fuzzing", "--max-examples=15"], id="open"),
     ],
 )

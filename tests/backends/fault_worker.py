@@ -33,6 +33,9 @@ def act(job: dict) -> None:
             sys.stderr.write("x" * 1_000_000)
         case "sleep":
             time.sleep(job["seconds"])
+        case "wait":
+            while not Path(job["for"]).exists():
+                time.sleep(0.005)
 
 
 def main() -> None:

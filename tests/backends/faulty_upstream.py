@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.ports import free_port
+
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 """What it does with one request; the connection stays open afterwards, unless `hang_up` has ended it."""
 
@@ -104,6 +106,17 @@ def late(seconds: float, then: Answer) -> Answer:
     return answer
 
 
+def held(until: threading.Event, then: Answer) -> Answer:
+    """Nothing, until the test says so."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        while not until.is_set():  # noqa: ASYNC110 (the test is in another thread)
+            await asyncio.sleep(0.002)
+        await then(writer)
+
+    return answer
+
+
 def endless() -> Answer:
     async def answer(writer: asyncio.StreamWriter) -> None:
         writer.write(head(Content_Type="audio/pcm", Transfer_Encoding="chunked"))
@@ -135,7 +148,7 @@ class FaultyUpstream:
         self.models: Answer = document(MODELS)
         self.voices: Answer = document(VOICES)
         self.asked: list[Asked] = []
-        self.port = 0
+        self.port = free_port()  # to which it comes back
         self.loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
         self._connections = 0
@@ -211,7 +224,7 @@ class FaultyUpstream:
 async def _closed(writer: asyncio.StreamWriter) -> None:
     writer.close()
     try:
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(5):
             await writer.wait_closed()
     except (TimeoutError, ConnectionError):
         writer.transport.abort()

@@ -85,7 +85,7 @@ def joined(chunks: list[Any]) -> np.ndarray:
 
 
 async def idle(backend: Qwen3TTSBackend) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (stats := loaded(backend).engine.stats()).active or stats.waiting:  # noqa: ASYNC110 (a thread's doing)
             await asyncio.sleep(0.005)
 

@@ -133,14 +133,16 @@ def _use(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
 
 
 def apart(call: str) -> str:
-    """What `call` on the module says, or its NotReady, in a process that reads the environment anew."""
+    """What `call` on the module says, or its NotReady, in a process that reads the environment anew, without torch."""
     script = f"""
+import sys
 from api.src.backends import qwen3_hub
 from api.src.errors import NotReady
 try:
     print(qwen3_hub.{call})
 except NotReady as error:
     print(error)
+assert "torch" not in sys.modules, "seconds and 200 MB for a download"
 """
     return subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.listening import Target, listen
-from tests.bench.processes import free_port, running
+from tests.bench.processes import running
 from tests.bench.sentences import Sentence
 from tests.bench.server import SERVERS
 from tests.bench.tts_server import Measured, says
 from tests.bench.workload import Ask
+from tests.ports import free_port
 
 _START_S = 1800.0
 """A model may be downloaded and quantised first."""

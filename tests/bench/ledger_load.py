@@ -39,7 +39,8 @@ from api.src.building import build_ledger
 from api.src.settings import Settings
 from tests.bench import report, speech
 from tests.bench.load import http_request, press
-from tests.bench.processes import ServerProcess, free_port, running
+from tests.bench.processes import ServerProcess, running
+from tests.ports import free_port
 from tests.postgres import PostgresServer, running_server
 from tests.redis_server import RedisServer, running_redis
 

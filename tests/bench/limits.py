@@ -21,7 +21,8 @@ import uvloop
 
 from tests.bench import report, speech
 from tests.bench.load import http_request, press
-from tests.bench.processes import ServerProcess, free_port, running
+from tests.bench.processes import ServerProcess, running
+from tests.ports import free_port
 from tests.redis_server import running_redis
 
 TEXT = "This sentence is spoken once, and from then on it comes out of the cache each time."

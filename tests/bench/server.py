@@ -36,7 +36,8 @@ import uvloop
 
 from tests.bench import hits, report, speech
 from tests.bench.load import http_request
-from tests.bench.processes import ServerProcess, free_port, running
+from tests.bench.processes import ServerProcess, running
+from tests.ports import free_port
 
 CACHED_TEXT = "This sentence is spoken once, and from then on it comes out of the cache each time."
 CREDIT_MICROS = 10**15

@@ -21,6 +21,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @linux
 def test_the_last_line_holds_the_documented_figures(threads: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert cpu.main(["--smoke", "--threads", str(threads)]) == 0
@@ -43,6 +44,7 @@ def test_the_last_line_holds_the_documented_figures(threads: int, capsys: pytest
         assert title in printed
 
 
+@pytest.mark.slow
 @linux
 def test_another_number_of_frames_is_no_figure(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "SAMPLES_PER_FRAME", 1919)

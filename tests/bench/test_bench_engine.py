@@ -13,6 +13,7 @@ from tests.bench.step_costs import Costs
 from tests.bench.workload import ask
 
 
+@pytest.mark.slow
 def test_the_smallest_run_measures_everything_and_its_costs_can_be_simulated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

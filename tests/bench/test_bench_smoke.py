@@ -30,6 +30,7 @@ CONTEST = {
 }
 
 
+@pytest.mark.slow
 def test_the_last_line_holds_the_documented_figures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_the_last_line_holds_the_documented_figures(
         assert title in printed
 
 
+@pytest.mark.slow
 def test_the_ledger_benchmark_counts_every_hit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

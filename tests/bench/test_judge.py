@@ -70,6 +70,7 @@ def garbled(speech: Speech) -> Speech:
     return Speech([replace(take, wav=changed(take.wav, lambda samples: noisy(samples[::-1]))) for take in speech.takes])
 
 
+@pytest.mark.slow
 @linux
 def test_the_embedded_voice_is_understood_and_clean(judged: Judged) -> None:
     assert judged.figures.keys() == {"machine", "language", "no_dnsmos", "candidates", "silent", "takes", "seconds"}
@@ -91,6 +92,7 @@ def test_the_embedded_voice_is_understood_and_clean(judged: Judged) -> None:
         assert title in judged.printed
 
 
+@pytest.mark.slow
 @linux
 def test_garbled_speech_is_judged_worse(judged: Judged) -> None:
     clean, worse = judged["embedded"], judged["garbled"]

@@ -19,9 +19,11 @@ from api.src.text.segment import segment
 from tests.bench import peer_server, tts_client_check, tts_load, tts_server
 from tests.bench.listening import Heard, Target, listen
 from tests.bench.paced_server import Pace, serving
-from tests.bench.processes import free_port, running
+from tests.bench.processes import running
 from tests.bench.tts_points import Point, closed_loop, figures, open_loop, percentile
 from tests.bench.workload import FRAME_S, Ask, arrivals, ask, frames_of
+from tests.moments import measured_again
+from tests.ports import free_port
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the benchmark reads /proc")
 
@@ -72,6 +74,7 @@ def test_arrivals_are_poisson() -> None:
 # --- one request ---
 
 
+@measured_again
 async def test_a_delay_before_the_first_sound_shows_and_sound_is_counted() -> None:
     heard = await hear(Pace(frames=10, delay_s=0.2))
     assert heard.error is None
@@ -83,6 +86,7 @@ async def test_a_delay_before_the_first_sound_shows_and_sound_is_counted() -> No
     assert (heard.underruns, heard.dry_s) == (0, 0)
 
 
+@measured_again
 async def test_silence_at_the_start_delays_what_can_be_heard() -> None:
     heard = await hear(Pace(frames=6, gap_s=0.1, silent=4))
     assert heard.first_frame_s is not None
@@ -91,6 +95,7 @@ async def test_silence_at_the_start_delays_what_can_be_heard() -> None:
     assert (await hear(Pace(frames=2, silent=2))).audible_s is None
 
 
+@measured_again
 async def test_a_server_slower_than_sound_starves_the_player() -> None:
     heard = await hear(Pace(frames=5, gap_s=0.3))
     assert heard.underruns == 4
@@ -130,6 +135,7 @@ def test_failures_never_leave_a_percentile() -> None:
     assert (found["requests"], found["failed"], found["errors"]) == (100, 6, {"503": 6})
 
 
+@measured_again
 async def test_a_closed_loop_keeps_its_streams_busy() -> None:
     found = await closed(Pace(frames=10, delay_s=0.1), streams=4)
     assert (found["requests"], found["failed"], found["in_flight_most"]) == (8, 0, 4)
@@ -139,6 +145,7 @@ async def test_a_closed_loop_keeps_its_streams_busy() -> None:
     assert found["lengths_kept"] == sum(abs(each.frames - 10) <= 2 for each in ASKS)
 
 
+@measured_again
 async def test_an_open_loop_does_not_wait_for_answers() -> None:
     async with serving(Pace(frames=1, delay_s=0.6)) as url:
         times = [0.0, 0.05, 0.1, 9.0]
@@ -150,6 +157,7 @@ async def test_an_open_loop_does_not_wait_for_answers() -> None:
     assert found["lag_ms"]["p99"] < 1000 * LATE
 
 
+@measured_again
 async def test_the_client_measures_itself(tmp_path: Path) -> None:
     (row,) = await tts_client_check.check(tmp_path, streams=(2,))
     assert 0 < row["audio_s_per_s"] < 1.1 * 2 * tts_client_check.SPEED
@@ -169,6 +177,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, 
     return json.loads(printed.splitlines()[-1]), printed
 
 
+@pytest.mark.slow
 def test_the_last_line_holds_the_documented_figures(capsys: pytest.CaptureFixture[str]) -> None:
     load = ["--streams", "1,3", "--rates", "20", "--formats", "pcm,mp3", "--requests", "4", "--warm-up", "2"]
     found, printed = run(capsys, "--fake", *load)
@@ -195,6 +204,8 @@ def test_the_last_line_holds_the_documented_figures(capsys: pytest.CaptureFixtur
         assert title in printed
 
 
+@pytest.mark.slow
+@measured_again
 def test_a_peer_is_started_slow_sound_shows_and_refusals_are_told(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +230,7 @@ def test_a_peer_is_started_slow_sound_shows_and_refusals_are_told(
     assert "2 x 400" in printed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_an_end_is_spoken_as_long_as_was_asked(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from tests.bench.listening import Heard, Target
 from tests.bench.paced_server import FRAME_BYTES, STAMP
-from tests.bench.processes import free_port, running
+from tests.bench.processes import running
 from tests.bench.tts_points import closed_loop, percentile
 from tests.bench.workload import FRAME_S, ask
+from tests.ports import free_port
 
 STREAMS = (8, 64, 128, 256)
 SPEED = 8

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.bench.processes import ServerProcess, free_port, running
+from tests.bench.processes import ServerProcess, running
 from tests.bench.server import SERVERS
 from tests.bench.workload import frames_of
+from tests.ports import free_port
 
 ENDLESS = "random.json"
 """What random_checkpoint leaves in a folder whose speech has no end of its own."""

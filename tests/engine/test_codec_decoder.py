@@ -118,6 +118,7 @@ def test_steps_with_the_published_window(length: int, tmp_path: Path) -> None:
     assert off(samples[:, : 60 * FRAME], full(200)[:, : 60 * FRAME]) > 1e-3  # a window of 12 sounds otherwise
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8))
 def test_random_steps_give_the_full_waveform(lengths: list[int]) -> None:

@@ -96,7 +96,10 @@ def test_golden_cases_are_spoken_as_without_graphs(greedy: dict[str, StepPair], 
     assert loaded.graphed.missed == 0
 
 
-@pytest.mark.parametrize(("capture", "steps", "chunks"), [(eagerly, 120, (1, 3, 7)), (traced, 30, (1,))])
+@pytest.mark.parametrize(
+    ("capture", "steps", "chunks"),
+    [(eagerly, 120, (1, 3, 7)), pytest.param(traced, 30, (1,), marks=pytest.mark.slow)],
+)
 def test_streams_that_come_and_go_are_as_without_graphs(
     plain_linears: None, capture: Callable[[Run], Run], steps: int, chunks: tuple[int, ...]
 ) -> None:

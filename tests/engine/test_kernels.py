@@ -57,6 +57,7 @@ except ImportError:
 # --- interpreted ---
 
 
+@pytest.mark.slow
 def test_interpreted_they_are_torch_s_operations() -> None:
     """Within the tolerances of kernel_cases.py, in a process whose Triton interprets."""
     pytest.importorskip("triton")
@@ -177,7 +178,7 @@ def usage(cubin: bytes, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", told)}
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", [GPUS[0], *(pytest.param(gpu, marks=pytest.mark.slow) for gpu in GPUS[1:])])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_they_compile_for_gpus_in_real_shapes(

@@ -192,6 +192,7 @@ def test_a_bad_prompt_fails_alone() -> None:
     check("custom_0_nonstream", also_fine)
 
 
+@pytest.mark.slow
 def test_random_cancellations_lose_no_slot() -> None:
     rng = random.Random(5)
     limits = Limits(slots=4, outbox_frames=1000)

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.ports import free_port
 from tests.postgres import PostgresServer, running_server
 from tests.redis_server import RedisServer, running_redis
 
@@ -141,7 +141,7 @@ def built(folder: Path) -> Iterator[House]:
 
 
 def _environment(folder: Path, ledger_url: str, redis: RedisServer) -> dict[str, str]:
-    port = _free_port()
+    port = free_port()
     return {
         "LOG": str(folder / f"log-{port}"),
         "TTS_PORT": str(port),
@@ -155,9 +155,3 @@ def _environment(folder: Path, ledger_url: str, redis: RedisServer) -> dict[str,
         "TTS_API_KEYS": ",".join(f"{name}={key}" for name, key in KEYS.items()),
         "TTS_ADMIN_KEY": ADMIN_KEY,
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])

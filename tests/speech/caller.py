@@ -64,6 +64,14 @@ class Caller:
         body = self.received.partition(b"\r\n\r\n")[2]
         return body if length else unchunked(body)
 
+    @property
+    def has_all(self) -> bool:
+        """Whether an answer has come, and is whole."""
+        if b"\r\n\r\n" not in self.received:
+            return False
+        length = re.search(r"content-length: (\d+)", self.read_head())
+        return self._is_whole(None if length is None else int(length[1]))
+
     def _is_whole(self, length: int | None) -> bool:
         if length is None:
             return self.received.endswith(b"\r\n0\r\n\r\n")

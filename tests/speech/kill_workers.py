@@ -169,11 +169,11 @@ async def settle_up(folder: Path, seen: Counter[str]) -> list[str]:
     killed_at = time.monotonic()
     await service.start()
     await service.wait_ready()
-    await eventually(lambda: not holds(folder, "open"), 20)
+    await eventually(lambda: not holds(folder, "open"), 60)
     waited = time.monotonic() - killed_at
     wrong = await service.ledger.check() + [f"left: {name}" for name in temp_files(folder)]
-    # A lease that was renewed at the last moment, until the next look at the leases, and some patience.
-    if waited > LEASE_S * 4 / 3 + 1.5:
+    # A lease that was renewed at the last moment, until the next look at the leases, and patience with a busy machine.
+    if waited > LEASE_S * 4 / 3 + 10:
         wrong.append(f"holds outlived their leases: {waited:.1f} s")
     for text in TEXTS:
         request = SpeechRequest(f"last-{text}", "unlimited", "tts-1", text, "alloy", format="pcm")

@@ -19,6 +19,7 @@ from api.src.stores.ledger_check import broken_laws
 from tests.speech.asking import wait_until
 
 ROOT = Path(__file__).parents[2]
+GATE = "allowed-segments"
 PRICE = "[default]\nper_1000_characters = 1000000\n"
 
 
@@ -35,12 +36,20 @@ class Process:
         """Where it listens; waits until it says so."""
         pattern = re.compile(r"Uvicorn running on (http://[\d.:]+)")
         while True:
-            wait_until(lambda: any(map(pattern.search, self.log)) or self.popen.poll() is not None, 30)
+            wait_until(lambda: any(map(pattern.search, self.log)) or self.popen.poll() is not None, 60)
             found = [match[1] for line in self.log if (match := pattern.search(line))]
             assert found, "".join(self.log)
             return found[0]
 
-    def ended(self, seconds: float) -> int:
+    def allow(self, segments: int | None) -> None:
+        """How many segments of each run its backend may speak before it waits; None: all."""
+        gate = self.folder / GATE
+        if segments is None:
+            gate.unlink(missing_ok=True)
+        else:
+            gate.write_text(str(segments))
+
+    def ended(self, seconds: float = 30) -> int:
         """Wait for its end; returns its exit status."""
         return self.popen.wait(seconds)
 
@@ -58,10 +67,13 @@ class Process:
 
 
 def launching(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Start servers whose backend speaks each segment after so long for so long; end them when the test has."""
+    """Start servers whose backend speaks each segment after so long for so long; end them when the test has.
+
+    `allowed`: see Process.allow.
+    """
     running: list[Process] = []
 
-    def start(delay_s: float, segment_seconds: float = 0.1, **settings: object) -> Process:
+    def start(delay_s: float, segment_seconds: float = 0.1, allowed: int | None = None, **settings: object) -> Process:
         prices = tmp_path / "prices.toml"
         prices.write_text(PRICE)
         environment = os.environ | {
@@ -72,12 +84,14 @@ def launching(tmp_path: Path) -> Iterator[Callable[..., Process]]:
             "TTS_PRICES_FILE": str(prices),
             **{f"TTS_{name.upper()}": str(value) for name, value in settings.items()},
         }
-        command = [sys.executable, "-m", "tests.speech.serve_textual", str(delay_s), str(segment_seconds)]
+        gate = str(tmp_path / GATE)
+        command = [sys.executable, "-m", "tests.speech.serve_textual", str(delay_s), str(segment_seconds), gate]
         popen = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
         process = Process(popen, tmp_path)
+        process.allow(allowed)
         threading.Thread(target=lambda: process.log.extend(popen.stderr or ()), daemon=True).start()
         running.append(process)
-        wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 200, 30)
+        wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 200, 60)
         return process
 
     yield start

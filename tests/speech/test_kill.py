@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 KILLS = 210
 
 
+@pytest.mark.slow
 def test_no_false_hit_no_lost_money_no_litter(tmp_path: Path) -> None:
     # A process of its own, without threads: only such a one may fork.
     result = subprocess.run(

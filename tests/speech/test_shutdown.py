@@ -55,12 +55,12 @@ def download(url: str, text: str) -> Download:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_what_runs_is_finished_and_what_is_new_is_refused(launch: Callable[..., Process], number: int) -> None:
-    process = launch(0.25)
+    process = launch(0, allowed=1)
     text, kept = sentences(10), sentences(1)
-    assert download(process.url, kept).begun.is_set()
+    download(process.url, kept).thread.join(30)
     running = download(process.url, text)
     process.popen.send_signal(number)
-    wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 503, 2)
+    wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 503)
     assert httpx.get(f"{process.url}/ready").json()["phase"] == "draining"
     for asked in (kept, text, sentences(2, "sea")):  # a hit, a join and a miss
         refusal = httpx.post(f"{process.url}/v1/audio/speech", json={"input": asked, "response_format": "pcm"})
@@ -68,10 +68,11 @@ def test_what_runs_is_finished_and_what_is_new_is_refused(launch: Callable[..., 
         assert int(refusal.headers["retry-after"]) >= 1
     assert httpx.get(f"{process.url}/healthz").status_code == 200
     assert running.thread.is_alive(), "all of this happens while it runs"
-    running.thread.join(20)
+    process.allow(None)
+    running.thread.join(30)
     assert (running.status, running.cut) == (200, False)
     assert running.content == pcm_of(text)
-    assert process.ended(GRACE_S + 3) == 0
+    assert process.ended() == 0
     process.assert_clean()
     assert process.rows("SELECT outcome, characters FROM usage_events ORDER BY id DESC LIMIT 1") == [
         ("completed", len(text))
@@ -79,14 +80,14 @@ def test_what_runs_is_finished_and_what_is_new_is_refused(launch: Callable[..., 
 
 
 def test_what_takes_too_long_is_cut_and_paid_as_far_as_it_was_heard(launch: Callable[..., Process]) -> None:
-    process = launch(0.2, drain_timeout_s=0.6)
+    process = launch(0, allowed=2, drain_timeout_s=0.6)
     text = sentences(40)
     running = download(process.url, text)
     process.popen.send_signal(signal.SIGTERM)
     signalled = time.monotonic()
-    assert process.ended(GRACE_S + 5) == 0
-    assert 0.6 < time.monotonic() - signalled < GRACE_S + 3
-    running.thread.join(5)
+    assert process.ended() == 0
+    assert time.monotonic() - signalled > 0.6
+    running.thread.join(30)
     assert running.cut
     assert 0 < len(running.content) < len(pcm_of(text))
     process.assert_clean()
@@ -99,26 +100,26 @@ def test_what_takes_too_long_is_cut_and_paid_as_far_as_it_was_heard(launch: Call
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_ends_the_drain(launch: Callable[..., Process], number: int) -> None:
-    process = launch(0.2, drain_timeout_s=60)
+    process = launch(0, allowed=2, drain_timeout_s=600)
     running = download(process.url, sentences(40))
     process.popen.send_signal(number)
-    wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 503, 2)
+    wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 503)
     process.popen.send_signal(number)
-    assert process.ended(GRACE_S + 3) == 0
-    running.thread.join(5)
+    assert process.ended() == 0
+    running.thread.join(30)
     assert running.cut
     process.assert_clean()
 
 
 def test_the_drain_may_end_after_the_second_signal(launch: Callable[..., Process]) -> None:
     """Its end must not count as a third signal, at which uvicorn would leave without closing anything."""
-    process = launch(0.2, drain_timeout_s=0.7)
+    process = launch(0, allowed=2, drain_timeout_s=3)
     running = download(process.url, sentences(40))
-    for _ in range(2):
-        process.popen.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-    assert process.ended(GRACE_S + 3) == 0
-    running.thread.join(5)
+    process.popen.send_signal(signal.SIGINT)
+    wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 503)
+    process.popen.send_signal(signal.SIGINT)
+    assert process.ended() == 0
+    running.thread.join(30)
     process.assert_clean()
 
 
@@ -129,8 +130,8 @@ def test_an_idle_server_ends_at_once(launch: Callable[..., Process], number: int
         assert client.get("/healthz").status_code == 200
         process.popen.send_signal(number)
         signalled = time.monotonic()
-        assert process.ended(5) == 0
-        assert time.monotonic() - signalled < 2
+        assert process.ended() == 0
+        assert time.monotonic() - signalled < GRACE_S, "it waited for the connection"
     process.assert_clean()
 
 

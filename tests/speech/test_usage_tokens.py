@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, closing
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ FRAMES = (1, 7, 16, 3)
 
 @dataclass
 class FrameBackend(FakeBackend):
-    """Speaks FRAMES for each segment in chunks of whole frames, as the engine delivers them.
+    """Speaks FRAMES for each segment in chunks of whole frames, as the engine delivers them; `allowed` counts these.
 
     `odd` samples more in each chunk: as a voice that knows no frames.
     """
@@ -36,9 +37,11 @@ class FrameBackend(FakeBackend):
         self, request: SpeechRequest, voice: Voice, segments: AsyncIterator[Segment]
     ) -> AsyncGenerator[AudioChunk, None]:
         self.spoken += 1
+        number = 0
         async for segment in segments:
             for frames in FRAMES:
-                await asyncio.sleep(self.delay_s)
+                number += 1
+                await self.turn(number)
                 samples = frames * self.sample_rate * 2 // 25 + self.odd
                 self.segments.append(segment)
                 yield AudioChunk(np.full(samples, 0.1, np.float32), self.sample_rate, segment)
@@ -90,12 +93,13 @@ def test_what_nobody_speaks_has_no_frames(start_server: Callable[..., Server]) -
 
 
 async def test_who_joins_is_told_the_same(start_service: StartService) -> None:
-    backend = FrameBackend(delay_s=0.02)
+    backend = FrameBackend(allowed=1)
     service = await start_service(backend)
     with closing(service.open(speech_request(sentences(3)))) as first:
         await first.start()
         with closing(service.open(speech_request(sentences(3)))) as second:
             await second.start()
+            backend.allowed = math.inf
             await asyncio.gather(first.whole(), second.whole())
             assert (first.cache_status, second.cache_status) == ("miss", "join")
             assert first.usage == second.usage
@@ -105,7 +109,7 @@ async def test_who_joins_is_told_the_same(start_service: StartService) -> None:
 
 @pytest.mark.parametrize("store", [True, False])
 async def test_a_cancelled_answer_has_what_was_made(start_service: StartService, store: bool) -> None:
-    backend = FrameBackend(delay_s=0.03)
+    backend = FrameBackend(allowed=6)
     service = await start_service(backend)
     with closing(service.open(speech_request(sentences(3), speed=2.0, store=store))) as listener:
         await listener.start()
@@ -113,9 +117,8 @@ async def test_a_cancelled_answer_has_what_was_made(start_service: StartService,
             await anext(chunks)
             await eventually(lambda: len(backend.segments) == 6)
     await eventually(lambda: not service._running)
-    made = len(backend.segments)
-    assert 6 <= made < 3 * len(FRAMES)
-    assert listener.usage.output_tokens == sum((FRAMES * 3)[:made])
+    assert len(backend.segments) == 6
+    assert listener.usage.output_tokens == sum((FRAMES * 3)[:6])
 
 
 async def test_before_there_is_a_source_there_are_no_frames(start_service: StartService) -> None:

@@ -24,6 +24,19 @@ def postgres() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(scope="session")
+def durable_postgres() -> Iterator[PostgresServer]:
+    with running_server(durable=True) as server:
+        yield server
+
+
+@pytest.fixture
+def mortal(durable_postgres: PostgresServer) -> PostgresServer:
+    """A server that writes everything down, to be killed; alive, whatever became of it before."""
+    durable_postgres.start()
+    return durable_postgres
+
+
+@pytest.fixture(scope="session")
 def redis_server() -> Iterator[RedisServer]:
     """A server for everybody."""
     with running_redis() as server:
@@ -40,9 +53,17 @@ def redis(redis_server: RedisServer) -> Iterator[RedisServer]:
         client.flushall()
 
 
-@pytest.fixture(params=["sqlite", "postgres", "sqlite behind redis"])
+DATABASES = ["sqlite", "postgres"]
+
+
+@pytest.fixture(params=[*DATABASES, "sqlite behind redis"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LedgerStore]:
     """An empty database, of each kind in turn."""
+    yield from opened(request, tmp_path)
+
+
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LedgerStore]:
+    """An empty database of the kind that a fixture is parametrised with."""
     if request.param == "postgres":
         store = PostgresStore(request.getfixturevalue("postgres"))
         yield store

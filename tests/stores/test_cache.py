@@ -267,7 +267,11 @@ class TestDisbelief:
         self.expect_removed(tmp_path)
 
     @given(st.data())
-    @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=100,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
     def test_damaged_record(self, tmp_path: Path, data: st.DataObject) -> None:
         cache = open_cache(tmp_path, MIB)
         put(cache, KEY, b"audio")

@@ -263,6 +263,7 @@ def run_script(name: str, kind: str, root: Path) -> dict[str, int]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "sealed"])
 def test_a_fault_at_any_step_of_a_commit_makes_no_false_hit_and_leaves_no_litter(tmp_path: Path, kind: str) -> None:
     outcomes = run_script("faults", kind, tmp_path)
@@ -273,6 +274,7 @@ def test_a_fault_at_any_step_of_a_commit_makes_no_false_hit_and_leaves_no_litter
         assert outcomes[f"{fault}: older"] > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "sealed"])
 def test_processes_killed_at_random_make_no_false_hit_and_leave_no_litter(tmp_path: Path, kind: str) -> None:
     seen = run_script("kills", kind, tmp_path)

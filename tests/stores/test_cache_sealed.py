@@ -115,7 +115,11 @@ def _no_descriptors(*_: object, **__: object) -> int:
 class TestDamage:
     @pytest.mark.parametrize("size", [500, LONG])
     @given(data=st.data())
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=60,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
     def test_a_flipped_bit_anywhere_is_a_miss(self, tmp_path: Path, size: int, data: st.DataObject) -> None:
         put(open_cache(tmp_path, MIB), KEY, noise(size))
         path = data.draw(st.sampled_from([audio_path(tmp_path), record_path(tmp_path)]))

@@ -119,7 +119,11 @@ class TestEviction:
         assert on_disk == cache.stored_bytes <= 10_000
 
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4000)), min_size=1, max_size=25))
-    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=20,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
     def test_one_process_never_exceeds_the_bound(self, tmp_path: Path, puts: list[tuple[int, int]]) -> None:
         cache = open_cache(tmp_path, 9000)
         cache.sweep()

@@ -39,7 +39,9 @@ def open_file(ciphers: Ciphers, stored: bytes) -> FrameReader:
 @pytest.mark.usefixtures("short_frames")
 @pytest.mark.parametrize("compress", [False, True])
 @given(pieces=st.lists(st.binary(max_size=3 * SHORT) | st.integers(0, 200).map(bytes), max_size=8), rng=st.randoms())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_what_is_written_can_be_read_at_once_and_afterwards(
     tmp_path: Path, ciphers: Ciphers, compress: bool, pieces: list[bytes], rng: random.Random
 ) -> None:

@@ -367,10 +367,19 @@ async def test_a_lease_that_runs_out_later_is_noticed_too(open_ledger: OpenLedge
     assert await living.check() == []
 
 
-async def test_a_living_owner_keeps_its_holds_while_its_event_loop_stands_still(open_ledger: OpenLedger):
-    first, second = await open_ledger(lease_s=0.3), await open_ledger(lease_s=0.3)
+async def test_a_living_owner_keeps_its_holds_while_its_event_loop_stands_still(
+    open_ledger: OpenLedger, store: LedgerStore
+):
+    first, second = await open_ledger(lease_s=3), await open_ledger(lease_s=3)
+
+    def leases() -> list[float]:
+        return [float(until) for (until,) in store.query("SELECT lease_until FROM owners ORDER BY id")]
+
     async with first.hold("ann", "r1", 40) as mine, second.hold("ann", "r2", 40) as theirs:
-        time.sleep(1.0)  # noqa: ASYNC251
+        before, deadline = leases(), time.monotonic() + 20
+        while not all(now > then for now, then in zip(leases(), before, strict=True)):
+            assert time.monotonic() < deadline, "a lease is not renewed"
+            time.sleep(0.01)  # noqa: ASYNC251
         await mine.settle(event(mine, 40))
         await theirs.settle(event(theirs, 40))
 
@@ -427,8 +436,8 @@ async def wait(ledger):
 async def start(ledger):
     pass
 
-async def main(url, what):
-    ledger = ledger_at(url, lease_s=0.6)
+async def main(url, what, lease_s="60"):
+    ledger = ledger_at(url, lease_s=float(lease_s))
     await ledger.start()
     await globals()[what](ledger)
     await ledger.close()
@@ -437,8 +446,9 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-def child(store: LedgerStore, what: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD, store.url, what]
+def child(store: LedgerStore, *what: str) -> subprocess.Popen[str]:
+    """What it does, and for how many seconds a lease of its is."""
+    command = [sys.executable, "-c", CHILD, store.url, *what]
     root = Path(__file__).parents[2]
     return subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -453,6 +463,7 @@ async def test_kill_9_in_the_middle_of_work_loses_nothing(open_ledger: OpenLedge
                 assert await asyncio.to_thread(process.stdout.readline)
             process.send_signal(signal.SIGKILL)
         assert await ledger.check() == []
+    store.expire_leases()
     await eventually(lambda: store.open_holds() == 0)
     charged = sum(used.price_micros for used in await ledger.usage(None, 10**6))
     assert await ledger.balance("ann") == 10**9 - charged
@@ -461,7 +472,7 @@ async def test_kill_9_in_the_middle_of_work_loses_nothing(open_ledger: OpenLedge
 async def test_a_process_that_slept_beyond_its_lease_has_lost_its_hold(open_ledger: OpenLedger, store: LedgerStore):
     ledger = await open_ledger(lease_s=0.6)
     await ledger.credit("ann", 10, "c1")
-    with child(store, "wait") as process:
+    with child(store, "wait", "0.6") as process:
         assert process.stdout is not None
         assert await asyncio.to_thread(process.stdout.readline) == "held\n"
         process.send_signal(signal.SIGSTOP)

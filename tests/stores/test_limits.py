@@ -234,7 +234,9 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(bounds=st.fixed_dictionaries({"": BOUNDS, "bob": BOUNDS, "eve": BOUNDS}), steps=STEPS)
 def test_any_history_gets_the_model_s_verdicts(
     kind: str, redis: RedisServer, bounds: dict[str, dict[str, int]], steps: list[tuple[str, Any, int]]

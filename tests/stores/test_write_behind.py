@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from api.src.stores.ledger_write_behind import WriteBehind, WriteBehindLedger
 from api.src.stores.usage_stream import StreamAway, UsageStream
 from tests.redis_server import RedisServer
 from tests.stores.ledgers import (
+    PATIENCE_S,
     BehindRedisStore,
     PostgresStore,
     SqliteStore,
@@ -54,7 +54,8 @@ async def open_behind(books: BehindRedisStore) -> AsyncIterator[OpenBehind]:
     opened: list[WriteBehindLedger] = []
 
     async def open_one(**options: float) -> WriteBehindLedger:
-        ledger = books.ledger(behind=WriteBehind(**{"flush_interval_s": 0.02, **options}))
+        given = {"flush_interval_s": 0.02, "redis_timeout_s": PATIENCE_S, **options}
+        ledger = books.ledger(behind=WriteBehind(**given))
         before = ledger._flusher._sampled
         await ledger.start()
         await eventually(lambda: ledger._flusher._sampled is not before)  # its first look is over
@@ -214,7 +215,7 @@ async def test_the_backlog_says_how_much_and_how_old(open_behind: OpenBehind, bo
     await eventually(lambda: books.told() == ["r2"])
     await eventually(lambda: ledger.backlog().stream == 1)
     now = ledger.backlog()
-    assert 0.2 < now.oldest_s < 10
+    assert 0.2 < now.oldest_s < 60
     assert ledger.backlog().oldest_s > now.oldest_s
     assert (now.memory, now.dead_letters, now.dropped) == (0, 0, 0)
     await stream.close()
@@ -240,7 +241,7 @@ async def test_what_a_dead_server_has_taken_is_taken_over(open_behind: OpenBehin
     await dead.add([free_event(f"r{number}") for number in range(5)])
     assert len(await dead.read(3)) == 3
     await open_behind(flush_events=2, lease_s=0.3)
-    await eventually(lambda: set(books.told()) == {"r3", "r4"})
+    await eventually(lambda: set(books.told()) >= {"r3", "r4"})
     await eventually(lambda: set(books.told()) == {"r0", "r1", "r2", "r3", "r4"})
     with books.redis.client() as client:
         await eventually(lambda: len(client.xinfo_consumers(STREAM, "ledger")) == 1)  # the dead one is forgotten
@@ -438,6 +439,4 @@ async def test_it_starts_and_ends_without_redis(tmp_path: Path):
         await tell(ledger, free_event(f"r{number}"))
     assert [used.request_id for used in await ledger.usage("ann", 10)] == ["r4", "r3", "r2", "r1", "r0"]
     assert ledger.breakers()["usage_redis"] == "open"
-    began = time.monotonic()
-    await ledger.close()
-    assert time.monotonic() - began < 3
+    await asyncio.wait_for(ledger.close(), 30)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -20,9 +20,10 @@ from api.src.errors import Unavailable
 from api.src.stores import usage_outbox
 from api.src.stores.ledger_postgres import PostgresLedger
 from api.src.stores.ledger_write_behind import WriteBehind, WriteBehindLedger
-from tests.postgres import PostgresServer, running_server
+from tests.postgres import PostgresServer
 from tests.redis_server import RedisServer, running_redis
 from tests.stores.ledgers import (
+    PATIENCE_S,
     BehindRedisStore,
     LedgerStore,
     PostgresStore,
@@ -31,12 +32,13 @@ from tests.stores.ledgers import (
     free_event,
     tell,
 )
+from tests.stores.load_workers import Worker, work_goes_on, working
 from tests.stores.lossy_proxy import LossyProxy
 from tests.stores.test_ledger import CancelAt, awaiting
 
 STREAM = "tts:{usage}:events"
 NEVER_S = 1000.0
-LOAD_S = float(os.environ.get("TTS_TEST_LOAD_S", "5"))
+KILLS = int(os.environ.get("TTS_TEST_KILLS", "4"))
 
 Told: TypeAlias = Callable[[], list[str]]
 
@@ -67,6 +69,11 @@ async def started(ledger: WriteBehindLedger) -> AsyncIterator[WriteBehindLedger]
         await ledger.close()
 
 
+def behind(**options: float) -> WriteBehind:
+    """With patience for a Redis that lives, unless the options say otherwise."""
+    return WriteBehind(**{"redis_timeout_s": PATIENCE_S, **options})  # type: ignore[arg-type]
+
+
 def names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}{number}" for number in range(count)]
 
@@ -83,7 +90,7 @@ async def test_a_dead_redis_opens_the_breaker_and_events_go_straight_to_the_data
     tmp_path: Path, mortal_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ):
     books = BehindRedisStore(SqliteStore(tmp_path / "ledger.db"), mortal_redis)
-    async with started(books.ledger(behind=WriteBehind(flush_interval_s=NEVER_S, failures=3))) as ledger:
+    async with started(books.ledger(behind=behind(flush_interval_s=NEVER_S, failures=3))) as ledger:
         await tell_all(ledger, names("before", 2))
         mortal_redis.kill()
         for number in range(3):
@@ -110,7 +117,7 @@ async def test_a_dead_redis_opens_the_breaker_and_events_go_straight_to_the_data
 
 async def test_a_redis_that_refuses_is_as_bad_as_none(tmp_path: Path, redis: RedisServer):
     books = BehindRedisStore(SqliteStore(tmp_path / "ledger.db"), redis)
-    async with started(books.ledger(behind=WriteBehind(failures=2))) as ledger:
+    async with started(books.ledger(behind=behind(failures=2))) as ledger:
         with redis.client() as client:
             client.config_set("maxmemory", 1)  # reading goes on
             await tell_all(ledger, names("r", 5))
@@ -121,14 +128,12 @@ async def test_a_redis_that_refuses_is_as_bad_as_none(tmp_path: Path, redis: Red
 async def test_what_a_silent_redis_has_taken_after_all_is_told_once(tmp_path: Path, redis: RedisServer):
     """It was given up, so the event went to the database; then it is found in the stream."""
     books = BehindRedisStore(SqliteStore(tmp_path / "ledger.db"), redis)
-    options = WriteBehind(flush_interval_s=NEVER_S, failures=1000, redis_timeout_s=0.2)
+    options = behind(flush_interval_s=NEVER_S, failures=1000, redis_timeout_s=0.2)
     async with started(books.ledger(behind=options)) as ledger:
         await tell(ledger, free_event("before"))
         os.kill(redis.pid, signal.SIGSTOP)
         try:
-            began = time.monotonic()
-            await tell(ledger, free_event("silent"))
-            assert time.monotonic() - began < 2
+            await asyncio.wait_for(tell(ledger, free_event("silent")), 20)
             assert books.told() == ["silent"]
         finally:
             os.kill(redis.pid, signal.SIGCONT)
@@ -147,49 +152,55 @@ async def proxy(postgres: PostgresServer) -> AsyncIterator[LossyProxy]:
 
 
 @pytest.fixture
-def store(postgres: PostgresServer) -> Iterator[PostgresStore]:
+async def store(postgres: PostgresServer) -> AsyncIterator[PostgresStore]:
+    """With its tables: to make them, an impatient ledger may take too long."""
     store = PostgresStore(postgres)
+    ledger = store.ledger()
+    await ledger.start()
+    await ledger.close()
     yield store
     store.drop()
 
 
 def behind_proxy(
-    store: PostgresStore, proxy: LossyProxy, redis: RedisServer, options: WriteBehind, patience_s: float = 0.5
+    store: PostgresStore, proxy: LossyProxy, redis: RedisServer, options: WriteBehind, patience_s: float = 3
 ) -> WriteBehindLedger:
     ledger = PostgresLedger(store.server.url(store.database, "127.0.0.1", proxy.port), patience_s=patience_s)
     return WriteBehindLedger(ledger, redis.url(), options)
 
 
-@pytest.mark.parametrize("away", ["refuse", "silence"])
+@pytest.mark.parametrize("away", ["refuse", pytest.param("silence", marks=pytest.mark.slow)])
 async def test_a_database_that_is_away_keeps_no_free_request_waiting(
     store: PostgresStore, proxy: LossyProxy, redis: RedisServer, away: str
 ):
     books = BehindRedisStore(store, redis)
-    async with started(behind_proxy(store, proxy, redis, WriteBehind(flush_interval_s=0.02))) as ledger:
+    async with started(behind_proxy(store, proxy, redis, behind(flush_interval_s=0.02))) as ledger:
         proxy.go_away(away)
         began = time.monotonic()
         await tell_all(ledger, names("r", 20))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5, "each waits for the database"
         with pytest.raises(Unavailable):
             async with ledger.hold("ann", "dear", 1):
                 pass
         await eventually(lambda: ledger.backlog().stream == 20)
         assert books.told() == []
         proxy.recover()
-        await eventually(lambda: len(books.told()) == 20, 15)
+        await eventually(lambda: len(books.told()) == 20, 60)
     assert books.told() == names("r", 20)
 
 
-@pytest.mark.parametrize("loss", ["request", "answer", "silence", "late"])
+@pytest.mark.parametrize(
+    "loss", ["request", "answer", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("silence", "late"))]
+)
 async def test_a_flush_whose_connection_breaks_happens_once(
     store: PostgresStore, proxy: LossyProxy, redis: RedisServer, loss: str
 ):
     books = BehindRedisStore(store, redis)
-    async with started(behind_proxy(store, proxy, redis, WriteBehind(flush_interval_s=0.02))) as ledger:
+    async with started(behind_proxy(store, proxy, redis, behind(flush_interval_s=0.02))) as ledger:
         proxy.lose(loss)
         await tell_all(ledger, names("r", 5))
         await eventually(lambda: proxy.losses == 1)
-        await eventually(lambda: ledger.backlog().stream == 0 and len(books.told()) == 5, 15)
+        await eventually(lambda: ledger.backlog().stream == 0 and len(books.told()) == 5, 60)
         await proxy.deliver()
     assert Counter(books.told()) == Counter(names("r", 5))
 
@@ -197,26 +208,27 @@ async def test_a_flush_whose_connection_breaks_happens_once(
 # Both
 
 
+@pytest.mark.slow
 async def test_with_both_away_free_requests_go_on_and_their_events_wait_in_memory(
     store: PostgresStore, proxy: LossyProxy, mortal_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ):
     books = BehindRedisStore(store, mortal_redis)
-    options = WriteBehind(flush_interval_s=0.02, failures=1)
-    async with started(behind_proxy(store, proxy, mortal_redis, options, patience_s=3)) as ledger:
+    options = behind(flush_interval_s=0.02, failures=1)
+    async with started(behind_proxy(store, proxy, mortal_redis, options, patience_s=6)) as ledger:
         proxy.go_away("silence")
         mortal_redis.kill()
         began = time.monotonic()
         await tell(ledger, free_event("first"))
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 5, "it waits as long as one that costs something"
         began = time.monotonic()
         await tell_all(ledger, names("r", 50))
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 20, "each waits for the database"
         assert ledger.backlog().memory == 51
         with pytest.raises(Unavailable):
             async with ledger.hold("ann", "dear", 1):
                 pass
         proxy.recover()
-        await eventually(lambda: len(books.told()) == 51, 30)
+        await eventually(lambda: len(books.told()) == 51, 60)
         await eventually(lambda: ledger.backlog().memory == 0)
         assert books.told() == ["first", *names("r", 50)]
         assert "wait in memory" in caplog.text
@@ -225,7 +237,7 @@ async def test_with_both_away_free_requests_go_on_and_their_events_wait_in_memor
 
 async def test_redis_alone_coming_back_is_enough(store: PostgresStore, proxy: LossyProxy, mortal_redis: RedisServer):
     books = BehindRedisStore(store, mortal_redis)
-    options = WriteBehind(flush_interval_s=NEVER_S, failures=1)
+    options = behind(flush_interval_s=NEVER_S, failures=1)
     async with started(behind_proxy(store, proxy, mortal_redis, options)) as ledger:
         proxy.go_away("refuse")
         mortal_redis.kill()
@@ -243,7 +255,7 @@ async def test_memory_is_bounded_and_the_newest_stay(
     store: PostgresStore, proxy: LossyProxy, mortal_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ):
     books = BehindRedisStore(store, mortal_redis)
-    options = WriteBehind(flush_interval_s=NEVER_S, failures=1, memory_events=5)
+    options = behind(flush_interval_s=NEVER_S, failures=1, memory_events=5)
     async with started(behind_proxy(store, proxy, mortal_redis, options)) as ledger:
         proxy.go_away("refuse")
         mortal_redis.kill()
@@ -251,7 +263,7 @@ async def test_memory_is_bounded_and_the_newest_stay(
         assert (ledger.backlog().memory, ledger.backlog().dropped) == (5, 7)
         assert len([record for record in caplog.records if "usage events are lost" in record.message]) == 1
         proxy.recover()
-        await eventually(lambda: ledger.backlog().memory == 0, 15)
+        await eventually(lambda: ledger.backlog().memory == 0, 60)
         assert books.told()[0] in ("r0", "r7")  # one that is just being sent cannot be dropped
         assert books.told()[1:] == names("r", 12)[8:]
         mortal_redis.start()
@@ -260,7 +272,7 @@ async def test_memory_is_bounded_and_the_newest_stay(
 @pytest.mark.parametrize("on_waking", [False, True])
 async def test_no_cancellation_loses_an_event_while_redis_is_away(tmp_path: Path, mortal_redis: RedisServer, on_waking):
     books = BehindRedisStore(SqliteStore(tmp_path / "ledger.db"), mortal_redis)
-    async with started(books.ledger(behind=WriteBehind(failures=1000))) as ledger:
+    async with started(books.ledger(behind=behind(failures=1000))) as ledger:
         mortal_redis.kill()
         runs = 0
         while True:
@@ -281,7 +293,7 @@ async def test_closing_while_both_are_away_is_bounded_and_says_what_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("api.src.stores.ledger_write_behind._CLOSE_S", 0.5)
-    ledger = behind_proxy(store, proxy, mortal_redis, WriteBehind(failures=1))
+    ledger = behind_proxy(store, proxy, mortal_redis, behind(failures=1), patience_s=0.5)
     await ledger.start()
     proxy.go_away("refuse")
     mortal_redis.kill()
@@ -297,7 +309,7 @@ async def test_closing_while_both_are_away_is_bounded_and_says_what_is_lost(
 
 async def test_closing_without_redis_stores_what_waits(tmp_path: Path, mortal_redis: RedisServer):
     books = BehindRedisStore(SqliteStore(tmp_path / "ledger.db"), mortal_redis)
-    ledger = books.ledger(behind=WriteBehind(failures=1000))
+    ledger = books.ledger(behind=behind(failures=1000))
     await ledger.start()
     mortal_redis.kill()
     telling = [asyncio.ensure_future(tell(ledger, free_event(request))) for request in names("r", 20)]
@@ -330,16 +342,17 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 LOAD = """
-import asyncio, sys, time
+import asyncio, time
+from contextlib import suppress
 from api.src.domain import UsageEvent
 from api.src.errors import HoldLost, Unavailable
 from api.src.stores import usage_outbox
 from api.src.stores.ledger_choice import ledger_at
 from api.src.stores.ledger_write_behind import WriteBehind, WriteBehindLedger
 
-async def busy(ledger, name, end):
+async def busy(ledger, name):
     number = 0
-    while time.time() < end:
+    while not told.is_set():
         number += 1
         request, price = f"{name}-{number}", 5 * (number % 4 == 0)
         try:
@@ -350,17 +363,18 @@ async def busy(ledger, name, end):
             print(type(error).__name__, request, price, flush=True)
         await asyncio.sleep(0.002)
 
-async def main(url, redis, name, end):
+async def main(url, redis, name):
     usage_outbox._OPEN_S = usage_outbox._LONGEST_OPEN_S = 0.1
     ledger = WriteBehindLedger(
         ledger_at(url, lease_s=2), redis,
         WriteBehind(flush_events=50, flush_interval_s=0.05, failures=2, lease_s=1.0, memory_events=100000))
     await ledger.start()
-    await asyncio.gather(*(busy(ledger, f"{name}-{n}", float(end)) for n in range(8)))
-    deadline = time.time() + 20
+    await asyncio.gather(*(busy(ledger, f"{name}-{n}") for n in range(8)))
+    deadline = time.time() + 60
     while ledger.backlog().memory and time.time() < deadline:
         await asyncio.sleep(0.05)
-    await ledger.close()
+    with suppress(Unavailable):  # the database may be slow to come back
+        await ledger.close()
 
 asyncio.run(main(*sys.argv[1:]))
 """
@@ -374,11 +388,10 @@ def python(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 async def test_kill_9_between_commit_and_acknowledgement_doubles_nothing(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, redis: RedisServer
+    kind: str, store: PostgresStore, tmp_path: Path, redis: RedisServer
 ):
-    store: LedgerStore = SqliteStore(tmp_path / "l.db") if kind == "sqlite" else request.getfixturevalue("store")
-    books = BehindRedisStore(store, redis)
-    async with started(books.ledger(behind=WriteBehind(flush_interval_s=NEVER_S))) as ledger:
+    books = BehindRedisStore(SqliteStore(tmp_path / "l.db") if kind == "sqlite" else store, redis)
+    async with started(books.ledger(behind=behind(flush_interval_s=NEVER_S))) as ledger:
         await tell_all(ledger, names("r", 5))
         process = python(FLUSHER, books.url, redis.url())
         assert process.stdout is not None
@@ -389,38 +402,18 @@ async def test_kill_9_between_commit_and_acknowledgement_doubles_nothing(
         assert ledger.backlog().stream == 0  # as it was before; now they are pending with the dead one
         with redis.client() as client:
             assert client.xlen(STREAM) == 5
-            async with started(books.ledger(behind=WriteBehind(flush_interval_s=0.02, lease_s=0.1))):
+            async with started(books.ledger(behind=behind(flush_interval_s=0.02, lease_s=0.1))):
                 await eventually(lambda: client.xlen(STREAM) == 0)
     assert books.told() == names("r", 5)
 
 
-@asynccontextmanager
-async def under_load(
-    url: str, redis: RedisServer, told: list[tuple[str, str, int]], *, fates: int = 0
-) -> AsyncIterator[list[subprocess.Popen[str]]]:
-    """Two servers that work for LOAD_S; `told` gets what they said. Of those, `fates` may be killed by the test."""
-    end = time.time() + LOAD_S
-    workers = [python(LOAD, url, redis.url(), str(number), str(end)) for number in range(2)]
-    firsts = []
-    for worker in workers:
-        assert worker.stdout is not None
-        firsts.append(await asyncio.to_thread(worker.stdout.readline))
-    outputs = [asyncio.ensure_future(asyncio.to_thread(worker.communicate)) for worker in workers]
-    yield workers
-    texts = [first + (await output)[0] for first, output in zip(firsts, outputs, strict=True)]
-    assert [worker.returncode for worker in workers][fates:] == [0] * (2 - fates), [o.result()[1] for o in outputs]
-    for text in texts:
-        for line in text.splitlines():
-            word, request, price = line.split()
-            told.append((word, request, int(price)))
-
-
-async def audit(books: BehindRedisStore, told: list[tuple[str, str, int]]) -> None:
+async def audit(books: BehindRedisStore, workers: Sequence[Worker]) -> None:
     """Whatever was settled is in the ledger exactly once, at its price; what was refused, at most once."""
+    told = [(word, request, int(price)) for worker in workers for word, request, price in map(str.split, worker.lines)]
     with books.redis.client() as client:
-        async with started(books.ledger(behind=WriteBehind(flush_interval_s=0.02, lease_s=0.2), lease_s=2)) as ledger:
-            await eventually(lambda: client.xlen(STREAM) == 0, 20)
-            await eventually(lambda: books.open_holds() == 0, 20)
+        async with started(books.ledger(behind=behind(flush_interval_s=0.02, lease_s=0.2), lease_s=2)) as ledger:
+            await eventually(lambda: client.xlen(STREAM) == 0)
+            await eventually(lambda: books.open_holds() == 0)
             assert await ledger.check() == []
             used = await ledger.usage(None, 10**6)
             balance = await ledger.balance("ann")
@@ -440,56 +433,44 @@ async def prepare(store: LedgerStore) -> None:
     await ledger.close()
 
 
+@pytest.mark.slow
 async def test_kill_9_of_redis_under_load_loses_and_doubles_nothing(store: PostgresStore, mortal_redis: RedisServer):
     books = BehindRedisStore(store, mortal_redis)
     await prepare(store)
-    told: list[tuple[str, str, int]] = []
-    kills = 0
-    async with under_load(store.url, mortal_redis, told):
-        end = time.monotonic() + LOAD_S - 1.5
-        while time.monotonic() < end:
-            await asyncio.sleep(0.3 + kills * 0.13 % 0.3)
+    async with working(2, LOAD, store.url, mortal_redis.url()) as workers:
+        for number in range(KILLS):
+            await work_goes_on(workers, 20)
             mortal_redis.kill()
-            await asyncio.sleep((0.0, 0.3)[kills % 2])
+            await asyncio.sleep((0.0, 0.3)[number % 2])
             await asyncio.to_thread(mortal_redis.start)
-            kills += 1
-    assert kills >= 3
-    await audit(books, told)
+        await work_goes_on(workers, 150)
+    await audit(books, workers)
 
 
-@pytest.fixture(scope="module")
-def mortal_postgres() -> Iterator[PostgresServer]:
-    """A server that writes everything down, to be killed."""
-    with running_server(durable=True) as server:
-        yield server
-
-
+@pytest.mark.slow
 async def test_kill_9_of_the_database_during_flushes_loses_and_doubles_nothing(
-    mortal_postgres: PostgresServer, redis: RedisServer
+    mortal: PostgresServer, redis: RedisServer
 ):
-    store = PostgresStore(mortal_postgres)
+    store = PostgresStore(mortal)
     books = BehindRedisStore(store, redis)
     await prepare(store)
-    told: list[tuple[str, str, int]] = []
-    kills = 0
-    async with under_load(store.url, redis, told):
-        end = time.monotonic() + LOAD_S - 1.5
-        while time.monotonic() < end:
-            await asyncio.sleep(0.4 + kills * 0.13 % 0.5)
-            mortal_postgres.kill()
-            await asyncio.sleep((0.0, 0.3)[kills % 2])
-            await asyncio.to_thread(mortal_postgres.start)
-            kills += 1
-    assert kills >= 2
-    await audit(books, told)
+    async with working(2, LOAD, store.url, redis.url()) as workers:
+        for number in range(KILLS):
+            await work_goes_on(workers, 20)
+            mortal.kill()
+            await asyncio.sleep((0.0, 0.3)[number % 2])
+            await asyncio.to_thread(mortal.start)
+        await work_goes_on(workers, 150)
+    await audit(books, workers)
     store.drop()
 
 
+@pytest.mark.slow
 async def test_kill_9_of_a_server_under_load_loses_and_doubles_nothing(store: PostgresStore, redis: RedisServer):
     books = BehindRedisStore(store, redis)
     await prepare(store)
-    told: list[tuple[str, str, int]] = []
-    async with under_load(store.url, redis, told, fates=1) as workers:
-        await asyncio.sleep(1.0)
+    async with working(2, LOAD, store.url, redis.url()) as workers:
+        await work_goes_on(workers, 100)
         workers[0].kill()
-    await audit(books, told)
+        await work_goes_on(workers, 100)
+    await audit(books, workers)

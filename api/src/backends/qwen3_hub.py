@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ..engine.weights import INDEX, SINGLE
+from ..engine.config import INDEX, SINGLE
 from ..errors import NotReady
 from .workers import python_module
 

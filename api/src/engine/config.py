@@ -16,6 +16,9 @@ from typing import Any, Self, TypeVar, get_origin, get_type_hints
 
 from .errors import CheckpointError
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Where a checkpoint's weights lie: in this file, or in those that the index names."""
+
 Raw = Mapping[str, Any]
 T = TypeVar("T")
 
