@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,8 @@ per_1000_characters = 0
 cached_per_1000_characters = 0
 """
 LEASE_S = 2.0
+PATIENCE_S = 5.0
+"""For so long a kill waits for a slow machine."""
 
 
 @dataclass
@@ -95,12 +97,16 @@ class House:
     servers: list[Server]
     parts: list[Part]
 
-    async def kill_at_random(self, kills: int, seed: int, pause_s: float) -> Counter[str]:
-        """Kill parts at random instants, each back after a moment; returns how often each was killed."""
+    async def kill_at_random(self, kills: int, seed: int, pause_s: float, answered: Callable[[], int]) -> Counter[str]:
+        """Kill parts at random instants, each back after a moment; returns how often each was killed.
+
+        On a slow machine the instants lie further apart: by then each kill had an answer before it, by `answered`.
+        """
         rng, killed = random.Random(seed), Counter[str]()
         returning: dict[str, asyncio.Task[None]] = {}
-        for _ in range(kills):
+        for kill in range(kills):
             await asyncio.sleep(rng.uniform(0, 2 * pause_s))
+            await _in_time(lambda: answered() >= kill)  # noqa: B023 (awaited here)
             while len(returning) == len(self.parts):
                 await asyncio.wait(returning.values(), return_when=asyncio.FIRST_COMPLETED)
             part = rng.choice([part for part in self.parts if part.name not in returning])
@@ -116,6 +122,13 @@ class House:
         await asyncio.sleep(after_s)
         await asyncio.to_thread(part.start)
         part.away.append((died, time.monotonic()))
+
+
+async def _in_time(true: Callable[[], bool]) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE_S):
+            while not true():  # noqa: ASYNC110 (it is counted elsewhere)
+                await asyncio.sleep(0.01)
 
 
 @contextmanager

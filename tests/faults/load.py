@@ -56,6 +56,10 @@ class Clients:
     def stop(self) -> None:
         self._stopped.set()
 
+    def answered(self) -> int:
+        """How many answers came whole by now."""
+        return sum(attempt.outcome == "whole" for attempt in self.attempts)
+
     async def run(self) -> None:
         """Ask until stopped; what is cut then is still asked for again until it is whole."""
         timeout = httpx.Timeout(LONGEST_ANSWER_S, pool=None)

@@ -36,7 +36,7 @@ async def run(house: House, *, kills: int, clients: int, seed: int, pause_s: flo
     _give_credit(house)
     asking = Clients(house, clients, seed)
     running = asyncio.create_task(asking.run())
-    killed = await house.kill_at_random(kills, seed, pause_s)
+    killed = await house.kill_at_random(kills, seed, pause_s, asking.answered)
     await asyncio.to_thread(_wait_ready, house)
     asking.stop()
     await running

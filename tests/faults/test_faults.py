@@ -18,7 +18,7 @@ KILLS = 110
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(580)  # 30 s on two cores
 def test_nothing_is_lost_or_invented_when_everything_is_killed(tmp_path: Path) -> None:
     with built(tmp_path) as house:
         report = asyncio.run(run(house, kills=KILLS, clients=8, seed=1, pause_s=0.2))
@@ -28,7 +28,7 @@ def test_nothing_is_lost_or_invented_when_everything_is_killed(tmp_path: Path) -
     assert min(report["killed"].values()) >= 5
     # What makes the above worth something: all of it was under way.
     attempts, statuses = report["attempts"], report["statuses"]
-    assert attempts["whole"] > 100
+    assert attempts["whole"] >= KILLS
     assert attempts["cut"] > 0
     assert attempts["left"] > 10
     assert statuses[402] > 0
