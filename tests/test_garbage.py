@@ -45,8 +45,10 @@ def test_hits_leave_no_reference_cycles(server: Server) -> None:
             if number == 5:  # the first one makes the sound, others what is made once
                 gc.collect()
                 gc.disable()
-            caller.ask("/v1/audio/speech", input="Hello.")
-            caller.read_answer()
+            caller.received = b""
+            caller.ask(input="Hello.")
+            assert caller.read_answer()
+            assert ("x-cache: hit" in caller.read_head()) == (number > 0)
         assert gc.collect() < HITS // 2
     finally:
         gc.enable()
