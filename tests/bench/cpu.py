@@ -51,7 +51,7 @@ PARTS = ("prefill", "decode", "codec")
 FRAME_S = 0.08
 SAMPLES_PER_FRAME = 1920
 CODEC_FLOP = 4.96e9
-"""Of one frame's sound, at the published size, by plain convolutions; native/codec_tail.c does with 0.8e9 fewer."""
+"""Of one frame's sound, at the published size, by plain convolutions; native/codec_unit.h does with 0.8e9 fewer."""
 TEXTS = [
     "The train leaves at nine.",
     "A bell rings twice.",

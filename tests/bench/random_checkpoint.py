@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from api.src.engine.codec import CodecDecoder
+from api.src.engine.codec_convolutions import Tensors
 from api.src.engine.codec_encoder import FrameEncoder
-from api.src.engine.codec_layers import Tensors
 from api.src.engine.config import CodecConfig, CodecEncoderConfig, ModelConfig
 from api.src.engine.reference import SpeakerEncoder
 from api.src.engine.talker import Talker

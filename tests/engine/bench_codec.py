@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from api.src.engine import codec_tail
+from api.src.engine import codec_check
 from api.src.engine.codec import CodecDecoder, CodecState
-from api.src.engine.codec_layers import Tensors
+from api.src.engine.codec_convolutions import Tensors
 from api.src.engine.config import CodecDecoderConfig
 from api.src.engine.linear import settle
 from api.src.engine.weights import Checkpoint
@@ -37,7 +37,7 @@ class RandomTensors(Tensors):
 
 def ours() -> Callable[[torch.Tensor], torch.Tensor]:
     decoder = CodecDecoder(CodecDecoderConfig(**PUBLISHED), RandomTensors(Checkpoint(Path())))
-    if native := codec_tail.load():
+    if native := codec_check.load():
         decoder.adopt(native)
     settle(decoder)
     state = CodecState(decoder, 4)

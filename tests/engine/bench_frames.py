@@ -10,13 +10,15 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from api.src.engine.codec import CodecDecoder
-from api.src.engine.codec_layers import MatrixKernel, ResidualUnit
+from api.src.engine.codec_convolutions import MatrixKernel
+from api.src.engine.codec_layers import ResidualUnit
+from api.src.engine.codec_parts import NativeCausal
 from api.src.engine.language_model import LanguageModel
 from api.src.engine.linear import Form, Linear
 from api.src.engine.native.check import find
@@ -72,10 +74,28 @@ def narrow_flop(codec: CodecDecoder) -> float:
     narrow = [part.product for part in codec.modules() if isinstance(part, MatrixKernel) and part.dtype]
     narrow += [part.narrow_mix for part in codec.modules() if isinstance(part, ResidualUnit) and part.narrow_mix]
     hooks = [product.register_forward_hook(count) for product in narrow]
+    natives = [getattr(part, "native", None) for part in codec.modules()]
+    watched = [_Watched(part, counted) for part in natives if isinstance(part, NativeCausal)]
     codec.decode_full(torch.zeros(1, 2, codec.codebooks.shape[0], dtype=torch.long))
-    for hook in hooks:
-        hook.remove()
+    for each in (*hooks, *watched):
+        each.remove()
     return sum(counted) / 2
+
+
+class _Watched:
+    """Counts the operations in bf16 of a layer in C, until it is removed."""
+
+    def __init__(self, part: NativeCausal, counted: list[int]) -> None:
+        self._part, run = part, part.run
+
+        def counting(x: Tensor, *others: Any) -> Tensor:
+            counted.append(2 * x.shape[0] * x.shape[1] * part.narrow_weights)
+            return run(x, *others)
+
+        part.run = counting  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        del self._part.run
 
 
 def measure(model: LanguageModel, rows: int, frames: int) -> list[tuple[float, float]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from api.src.engine import codec_tail
+from api.src.engine import codec_check
 from api.src.engine.graphs import CODEC_FRAMES, LONG_PROMPT, Run, eagerly, fitting, parts, up_to
 from api.src.engine.linear import Linear
 from api.src.engine.loading import load_model
@@ -77,7 +77,7 @@ def plain_linears() -> Iterator[None]:
     """Weights as they are on a GPU: a CPU's packed forms are no tensors, and cannot be traced; nor can C code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Linear, "settle", lambda self, *given, **named: None)
-        patch.setattr(codec_tail, "load", lambda: None)
+        patch.setattr(codec_check, "load", lambda **given: None)
         yield
 
 

@@ -38,7 +38,7 @@ ROWS = range(1, 20)
 
 def changed(folder: Path, old: str, new: str) -> Path:
     """A copy of the sources with another text in one place."""
-    shutil.copytree(DECODER.parent, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(DECODER.parent, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "codec*"))
     [path] = [path for path in folder.iterdir() if old in path.read_text()]
     path.write_text(path.read_text().replace(old, new, 1))
     return folder / DECODER.name

@@ -9,6 +9,8 @@ Facts of the arithmetic: qwen-tts 0.1.1, tokenizer_12hz. Neighbouring linear map
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,27 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import codec_tail
-from .codec_layers import (
+from . import codec_check
+from .codec_convolutions import (
     CausalConv,
-    DecoderBlock,
+    ImageKernel,
     MatrixKernel,
-    Output,
-    ResidualUnit,
-    SnakeBeta,
     Stage,
     TailLayout,
     Tensors,
-    Upsample,
     read_conv,
     upsampling_kernel,
     weight,
 )
-from .codec_tail import CodecTail
-from .codec_window import Ring, WindowLayer, rotation_at
+from .codec_kernel import CodecKernel
+from .codec_layers import DecoderBlock, Output, ResidualUnit, Upsample
+from .codec_parts import NativeBooks, NativeLayers, Tails
+from .codec_window import Ring, WindowLayer, WindowSizes, rotation_at
 from .config import CodecConfig, CodecDecoderConfig
 from .errors import CheckpointError
-from .linear import settle
+from .linear import Linear, settle
+from .native.pool import Pool
 from .weights import Checkpoint
 
 STEP_FRAMES = 25
@@ -99,12 +100,17 @@ class CodecDecoder(nn.Module):
         self.codebooks = weight(_codebooks(config, tensors / "quantizer"))  # [groups, size, dim]
         self.input = CausalConv(self.layout, *_input(config, tensors))
         layers = tensors / "pre_transformer" / "layers"
-        self.layers = nn.ModuleList(WindowLayer(layers / str(i), config) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(WindowLayer.read(layers / str(i), config) for i in range(config.num_hidden_layers))
         stages = _stages(config, tensors, self.layout)
         self.stages, self.needs = nn.ModuleList(stages), _needs(stages)
         self.early = len(config.upsampling_ratios) + 2
         self.frame_rows = math.prod(config.upsampling_ratios) * config.upsample_rates[0]
         self.frame_samples = math.prod(config.upsampling_ratios) * math.prod(config.upsample_rates)
+        self.native: CodecKernel | None = None
+        self.native_layers: NativeLayers | None = None
+        self.native_books: NativeBooks | None = None
+        self.in_c = False
+        """Whether all of it is."""
 
     @classmethod
     def load(
@@ -114,11 +120,13 @@ class CodecDecoder(nn.Module):
         device: torch.device | str = "cpu",
         *,
         narrow: bool = False,
+        pool: Pool | None = None,
     ) -> Self:
         """The decoder of the checkpoint in `folder`, which holds speech_tokenizer/ or is that folder.
 
         `narrow`: the products of many channels, most of its work, are in bf16 on a CPU; what is small in weights and
         near the sound stays. On random weights that costs 10 dB less than all in bf16, as the official package has it.
+        `pool`: on a CPU, threads of the C code to share.
 
         Raises:
             CheckpointError: whatever makes the checkpoint unusable.
@@ -131,23 +139,40 @@ class CodecDecoder(nn.Module):
             if unused := [name for name in tensors.unused() if not name.endswith(".input_proj.weight")]:
                 raise CheckpointError(f"{folder} has unexpected tensors: {', '.join(unused[:3])}")
         decoder = decoder.to(device, dtype).eval()
+        if dtype == torch.float32 and torch.device(device).type == "cpu" and (native := codec_check.load(pool=pool)):
+            decoder.adopt(native, narrow=narrow)
         if narrow:
-            for part in decoder.modules():
-                if isinstance(part, MatrixKernel | ResidualUnit):
-                    part.narrow()
-        if dtype == torch.float32 and torch.device(device).type == "cpu" and (native := codec_tail.load()):
-            decoder.adopt(native)
+            decoder.narrow()
         if dtype != torch.float64:
             settle(decoder)
         return decoder
 
-    def adopt(self, native: CodecTail) -> None:
-        """Have the activations, and the residual units of few channels, in C: in float32 on a CPU, before `settle`."""
+    def adopt(self, native: CodecKernel, *, narrow: bool = False) -> None:
+        """Have all that it serves in C: in float32 on a CPU, before `settle`. `narrow`: see load."""
+        self.native, sizes = native, WindowSizes.of(self.config)
+        self.input.adopt(native, narrow=narrow)
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.adopt(native, narrow=narrow)
+        if native.serves(self.config.hidden_size, sizes.head_dim, sizes.inner):
+            weights = [layer.weights() for layer in self.layers if isinstance(layer, WindowLayer)]
+            self.native_layers = NativeLayers(native, weights, sizes)
+            self.layers = nn.ModuleList()
+        if native.serves(self.codebooks.shape[2]):
+            self.native_books = NativeBooks(native, self.codebooks, self.config.num_semantic_quantizers)
+        torchs = (MatrixKernel, ImageKernel, Linear, WindowLayer)
+        self.in_c = self.native_books is not None and not any(isinstance(part, torchs) for part in self.modules())
+
+    def narrow(self) -> None:
+        """Have wide products that are torch's in bf16, before `settle`; see load."""
         for part in self.modules():
-            if isinstance(part, SnakeBeta):
-                part.native = native
-            elif isinstance(part, ResidualUnit):
-                part.adopt(native)
+            if isinstance(part, MatrixKernel | ResidualUnit):
+                part.narrow()
+
+    def close(self) -> None:
+        """End the C code's threads, if it has any; the next step starts them again."""
+        if self.native is not None:
+            self.native.close()
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, slots: Tensor, state: CodecState) -> Tensor:
@@ -156,9 +181,11 @@ class CodecDecoder(nn.Module):
         codes [B, T, groups] of any T, slots [B] without repetition, both on the state's device.
         Returns the samples [B, T * frame_samples] within -1 and 1, in float32 (in float64 if the weights are).
         """
-        none = self.codebooks.new_empty(codes.shape[0], 0)
-        steps = [self._step(step, slots, state) for step in torch.split(codes, STEP_FRAMES, 1) if step.shape[1]]
-        samples = torch.cat((none, *steps), 1)
+        if not 0 < codes.shape[1] <= STEP_FRAMES:
+            none = self.codebooks.new_empty(codes.shape[0], 0)
+            steps = [self.decode(step, slots, state) for step in torch.split(codes, STEP_FRAMES, 1) if step.shape[1]]
+            return torch.cat((none, *steps), 1)
+        samples = self._step(codes, slots, state)
         return samples.to(torch.promote_types(samples.dtype, torch.float32))
 
     @torch.inference_mode()
@@ -168,14 +195,13 @@ class CodecDecoder(nn.Module):
         All codes [B, T, groups] pass through the transformer; of what follows only the rows that the state depends on.
         """
         hidden = self.codebooks.new_empty(codes.shape[0], 0, self.config.hidden_size)
-        tails = state.tails[slots]
-        for step in torch.split(codes, STEP_FRAMES, 1):
-            if step.shape[1]:
-                hidden = torch.cat((hidden, self._transform(step, slots, tails, state)), 1)[:, -self.needs[0] :]
-        for stage, need in zip(self.stages, self.needs, strict=True):
-            if hidden.shape[1]:
-                hidden = stage(hidden[:, -need:], tails)
-        state.tails[slots] = tails
+        with self._tails(slots, state) as tails:
+            for step in torch.split(codes, STEP_FRAMES, 1):
+                if step.shape[1]:
+                    hidden = torch.cat((hidden, self._transform(step, tails, slots, state)), 1)[:, -self.needs[0] :]
+            for stage, need in zip(self.stages, self.needs, strict=True):
+                if hidden.shape[1]:
+                    hidden = stage(hidden[:, -need:].contiguous(), tails)
 
     def decode_full(self, codes: Tensor) -> Tensor:
         """codes [B, T, groups] -> samples [B, T * frame_samples]: whole streams from their beginning."""
@@ -183,35 +209,57 @@ class CodecDecoder(nn.Module):
         return self.decode(codes, slots, CodecState(self, codes.shape[0]))
 
     def _step(self, codes: Tensor, slots: Tensor, state: CodecState) -> Tensor:
-        tails = state.tails[slots]  # [B, size]
-        x = self._transform(codes, slots, tails, state)
-        for stage in self.stages[: self.early]:
-            x = stage(x, tails)
-        # [B, T * frame_rows, channels]
-        length = RENDER_FRAMES * self.frame_rows if x.device.type == "cpu" else x.shape[1]
-        samples = torch.cat([self._render(part, tails) for part in torch.split(x, length, 1)], 1)
-        state.tails[slots] = tails
-        return samples.flatten(1)
+        with self._tails(slots, state) as tails:
+            x = self._transform(codes, tails, slots, state)
+            for stage in self.stages[: self.early]:
+                x = stage(x, tails)
+            # [B, T * frame_rows, channels]
+            rows = RENDER_FRAMES * self.frame_rows if x.device.type == "cpu" else x.shape[1]
+            samples = x.new_empty(x.shape[0], codes.shape[1] * self.frame_samples)
+            parts = torch.split(samples, rows * self.frame_samples // self.frame_rows, 1)
+            for part, out in zip(torch.split(x, rows, 1), parts, strict=True):
+                self._render(part, tails, out)
+        return samples
 
-    def _transform(self, codes: Tensor, slots: Tensor, tails: Tensor, state: CodecState) -> Tensor:
-        """codes [B, T, groups] -> [B, T, hidden]; advances positions and the window of keys and values."""
+    @contextmanager
+    def _tails(self, slots: Tensor, state: CodecState) -> Iterator[Tails]:
+        """Those of `slots`: where they lie, or, for torch's operations, a copy that is put back."""
+        if self.in_c:
+            yield Tails(state.tails, slots)
+            return
+        copy = Tails.alone(state.tails[slots])
+        yield copy
+        state.tails[slots] = copy.memory
+
+    def _look_up(self, codes: Tensor) -> Tensor:
+        """codes [B, T, groups] -> the sums of their vectors [B, T, codebook_dim]."""
+        if self.native_books is not None:
+            return self.native_books.run(codes)
         groups = torch.arange(codes.shape[2], device=codes.device)
         vectors = self.codebooks[groups, codes]  # [B, T, groups, dim]
         semantic = self.config.num_semantic_quantizers
-        x = torch.cat((vectors[:, :, :semantic].sum(2), vectors[:, :, semantic:].sum(2)), 2)
-        x = self.input(x, tails)
+        return torch.cat((vectors[:, :, :semantic].sum(2), vectors[:, :, semantic:].sum(2)), 2)
+
+    def _transform(self, codes: Tensor, tails: Tails, slots: Tensor, state: CodecState) -> Tensor:
+        """codes [B, T, groups] -> [B, T, hidden]; advances positions and the window of keys and values."""
+        x = self.input(self._look_up(codes), tails)
         positions = state.positions[slots][:, None] + torch.arange(codes.shape[1], device=codes.device)  # [B, T]
         state.positions[slots] = positions[:, -1] + 1
         rotation = rotation_at(positions.flatten(), self.config.head_dim, self.config.rope_theta, x.dtype)
+        if self.native_layers is not None:
+            return self.native_layers.run(x, slots, positions, rotation, state.cache)
         ring = Ring(state.cache, slots, positions, self.config.sliding_window)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, ring, index)
         return F.rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps)
 
-    def _render(self, x: Tensor, tails: Tensor) -> Tensor:
-        for stage in self.stages[self.early :]:
+    def _render(self, x: Tensor, tails: Tails, out: Tensor) -> None:
+        """x [B, T * frame_rows, channels] -> out [B, T * frame_samples]."""
+        for stage in self.stages[self.early : -1]:
             x = stage(x, tails)
-        return x
+        last = self.stages[-1]
+        assert isinstance(last, Output)
+        last.render(x, tails, out)
 
 
 def reference_cut(reference_frames: int, frames: int, samples: int) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codec_layers import Tensors
+from .codec_convolutions import Tensors
 from .codec_window import rotation_at
 from .config import CodecConfig, CodecEncoderConfig
 from .errors import CheckpointError, EngineError

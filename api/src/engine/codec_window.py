@@ -6,38 +6,63 @@ Shapes: B slots of a step, T frames, Q query heads, K key-value heads, D head_di
 
 from __future__ import annotations
 
+from typing import NamedTuple, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codec_layers import Tensors, linear, rows
+from .codec_convolutions import Tensors, linear, rows
 from .config import CodecDecoderConfig
 from .layers import Rotation, rotate
+
+
+class WindowSizes(NamedTuple):
+    """Of all layers."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    window: int
+    epsilon: float
+
+    @classmethod
+    def of(cls, config: CodecDecoderConfig) -> Self:
+        """The checkpoint's."""
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        return cls(*heads, config.intermediate_size, config.sliding_window, config.rms_norm_eps)
 
 
 class WindowLayer(nn.Module):
     """A transformer layer over a window of positions; the products take in the norms' weights and the layer scales."""
 
-    def __init__(self, tensors: Tensors, config: CodecDecoderConfig) -> None:
+    def __init__(self, weights: list[Tensor], sizes: WindowSizes) -> None:
+        """weights [out, in]: of queries, keys and values together, of the output, of gate and up together, of down."""
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.epsilon = config.rms_norm_eps
+        self.heads, self.kv_heads, self.head_dim, self.epsilon = *sizes[:3], sizes.epsilon
+        self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj = map(linear, weights)
+
+    @classmethod
+    def read(cls, tensors: Tensors, config: CodecDecoderConfig) -> Self:
+        """The layer in `tensors`."""
         hidden, inner = config.hidden_size, config.intermediate_size
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         attention, mlp = tensors / "self_attn", tensors / "mlp"
         sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         qkv = torch.cat([attention.get(f"{name}.weight", size, hidden) for name, size in sizes.items()])
-        self.qkv_proj = linear(qkv * tensors.get("input_layernorm.weight", hidden))
+        qkv = qkv * tensors.get("input_layernorm.weight", hidden)
         scale = tensors.get("self_attn_layer_scale.scale", hidden)
-        self.o_proj = linear(attention.get("o_proj.weight", hidden, queries) * scale[:, None])
+        output = attention.get("o_proj.weight", hidden, queries) * scale[:, None]
         gate_up = torch.cat([mlp.get(f"{name}.weight", inner, hidden) for name in ("gate_proj", "up_proj")])
-        self.gate_up_proj = linear(gate_up * tensors.get("post_attention_layernorm.weight", hidden))
+        gate_up = gate_up * tensors.get("post_attention_layernorm.weight", hidden)
         scale = tensors.get("mlp_layer_scale.scale", hidden)
-        self.down_proj = linear(mlp.get("down_proj.weight", hidden, inner) * scale[:, None])
+        down = mlp.get("down_proj.weight", hidden, inner) * scale[:, None]
+        return cls([qkv, output, gate_up, down], WindowSizes.of(config))
+
+    def weights(self) -> list[Tensor]:
+        """As they were given."""
+        return [part.weight for part in (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj)]
 
     def forward(self, x: Tensor, rotation: Rotation, ring: Ring, layer: int) -> Tensor:
         """x [B, T, hidden] -> the same; rotation of its B * T positions."""

@@ -165,7 +165,9 @@ def load_model(
         kernels=kernels,
         native=native,
     )
-    codec = codec or CodecDecoder.load(folder, codec_dtype, device, narrow=narrow_codec(weights, device))
+    if codec is None:
+        pool = native.pool if native else None
+        codec = CodecDecoder.load(folder, codec_dtype, device, narrow=narrow_codec(weights, device), pool=pool)
     builder = PromptBuilder(model.config, tokenizer, model.talker)
     limits = limits or Limits(slots=slots, codec_frames=max(64, slots))
     on_cpu = torch.device(device).type == "cpu"
@@ -176,8 +178,7 @@ def load_model(
         steps = Steps(model, codec, **arenas)
     else:
         steps = _graphed(model, codec, arenas, limits.codec_frames, capture, torch.device(device))
-    if native is not None:
-        native.close()  # its threads are of the engine's own thread
+    _finish(codec, native)  # threads are of the engine's own thread
     clones = model.config.tts_model_type == "base"
     return SpeechModel(
         model.config,
@@ -187,7 +188,7 @@ def load_model(
             TorchRunner(steps, builder),
             limits,
             prepare=partial(_prepare, steps, torch.get_num_threads()),
-            finish=native.close if native else lambda: None,
+            finish=partial(_finish, codec, native),
         ),
         codec,
         steps,
@@ -219,6 +220,13 @@ def _graphed(
 def narrow_codec(weights: Form, device: torch.device | str) -> bool:
     """Whether the codec's wide products are in bf16: where the weights' form need not be exact, and it is faster."""
     return weights != "fp32" and torch.device(device).type == "cpu" and multiplies_bf16()
+
+
+def _finish(codec: CodecDecoder, native: Native | None) -> None:
+    """End all threads of the C code, but for what others who share the codec start again."""
+    codec.close()
+    if native is not None:
+        native.close()
 
 
 def _prepare(steps: Steps, threads: int) -> None:

@@ -1,7 +1,7 @@
 """C sources of this folder as libraries in the process, compiled for the machine at hand by its own C compiler.
 
 Owns the compiling, where libraries are kept, and when one that is kept may be taken. Does not own what is in them
-(products.py, stack.py, ../codec_tail.py), nor whether they are right (check.py).
+(products.py, stack.py, ../codec_parts.py), nor whether they are right (check.py).
 A library is code that this process runs: it is only ever taken from a folder that the user alone can write to. Its name
 has the digest of all that it was made from, so that a home folder which several machines share cannot bring
 instructions that the processor lacks.

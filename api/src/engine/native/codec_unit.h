@@ -1,8 +1,4 @@
-/* The codec decoder's residual units of few channels and many rows, and its Snake activation, on a CPU.
- *
- * Owns their arithmetic and the order in which it goes through the caches. Memory is the caller's (codec_tail.py, which
- * mirrors the structs below), and so are the threads: those of torch's own OpenMP runtime, which is in the process, so
- * that the cores have one pool. No call checks its arguments.
+/* The codec decoder's residual units of few channels and many rows, by fewer operations than a convolution's.
  *
  * The convolution of 7 taps is bilinear fast filtering (Toom and Cook; Winograd 1980): 15 products make 4 rows, where 28
  * would. It nests two algorithms. Karatsuba's, on a pair of rows and of taps, adds and subtracts alone. Within it 5
@@ -11,32 +7,16 @@
  * A row is calculated by itself: no bit of it depends on the other streams of a call, nor on the threads.
  * Shapes: B streams, T rows, C channels, D dilation.
  */
+#ifndef CODEC_UNIT_H
+#define CODEC_UNIT_H
+
 #include <stdatomic.h>
-#include <stdint.h>
-#include <string.h>
 
-#define EXPORT __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-/* The registers hold a tile of sums, TILE_ROWS x TILE_VECTORS of LANES floats, beside what is multiplied. */
-enum { TILE_VECTORS = 3 };
-#if defined(__AVX512F__)
-enum { LANES = 16, TILE_ROWS = 8 };
-#elif defined(__AVX2__)
-enum { LANES = 8, TILE_ROWS = 4 };
-#else
-enum { LANES = 4, TILE_ROWS = 4 };
-#endif
-enum { COLUMNS = TILE_VECTORS * LANES };
+#include "codec_vectors.h"
 
 enum { POINTS = 5, PRODUCTS = 3 * POINTS, OUTPUTS = 4, INPUTS = 11, TAPS = 7 };
 enum { GROUPS = 16 }; /* of an item of work: many enough to share a reading of the weights, and few for the caches */
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-
-struct snake { const float *frequency, *height; }; /* (C,) each */
 
 struct unit {
     const float *kernel; /* (PRODUCTS, C / COLUMNS, C inputs, COLUMNS) */
@@ -46,89 +26,6 @@ struct unit {
     const float *mix_bias;
     int64_t channels, dilation;
 };
-
-INLINE Floats load(const float *from) { Floats x; memcpy(&x, from, sizeof x); return x; }
-INLINE void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
-
-/* ---- threads ---- */
-
-/* OpenMP's; compilers emit calls of the first for `#pragma omp parallel`, but some for a runtime that is not torch's. */
-extern void GOMP_parallel(void (*run)(void *), void *data, unsigned threads, unsigned flags);
-extern int omp_get_thread_num(void);
-
-struct work {
-    void (*item)(void *call, int64_t item, int thread);
-    void *call;
-    int64_t items;
-    atomic_int_fast64_t next;
-};
-
-static void take_items(void *data) {
-    struct work *work = data;
-    int thread = omp_get_thread_num();
-    for (;;) {
-        int64_t item = atomic_fetch_add_explicit(&work->next, 1, memory_order_relaxed);
-        if (item >= work->items) return;
-        work->item(work->call, item, thread);
-    }
-}
-
-static void share(void (*item)(void *, int64_t, int), void *call, int64_t items, int64_t threads) {
-    struct work work = {item, call, items, 0};
-    GOMP_parallel(take_items, &work, (unsigned)(threads < items ? threads : items), 0);
-}
-
-/* ---- Snake ---- */
-
-static const float ROUNDER = 12582912.0f;        /* 1.5 * 2^23: added, it leaves the nearest integer */
-static const float PER_PI = 0.318309886183790671f;
-static const float PI_PARTS[] = {3.140625f, 9.67502593994140625e-4f, 1.509957990978376432e-7f}; /* pi, cut for exact products */
-static const float SINE[] = {-0.16666661202907562f, 0.008333087898790836f, -0.00019811108359135687f, 2.60892420556047e-06f};
-/* SINE: sin z = z + z^3 (s0 + s1 z^2 + ...) up to pi / 2, least largest relative error: 5e-9. */
-static const float LIMIT = 2097152.0f; /* 2^21: from there on a float says little of its place in a period; no wave then */
-
-/* x + height sin(x frequency)^2; the square is within 1.5e-7. */
-INLINE Floats snake(Floats x, Floats frequency, Floats height) {
-    Floats angle = x * frequency;
-    Floats turns = (angle * PER_PI + ROUNDER) - ROUNDER; /* a half turn changes the sine's sign alone */
-    Floats rest = angle - turns * PI_PARTS[0] - turns * PI_PARTS[1] - turns * PI_PARTS[2];
-    Ints inside = (angle < LIMIT) & (angle > -LIMIT);
-    rest = (Floats)((Ints)rest & inside);
-    Floats square = rest * rest;
-    Floats sine = SINE[0] + square * (SINE[1] + square * (SINE[2] + square * SINE[3]));
-    sine = rest + rest * (square * sine);
-    return x + height * (sine * sine);
-}
-
-struct snake_call {
-    const float *x;
-    float *out;
-    struct snake act;
-    int64_t x_stride, out_stride, rows, channels, parts;
-};
-
-static void snake_part(void *data, int64_t item, int thread) {
-    const struct snake_call *call = data;
-    int64_t stream = item / call->parts, part = item % call->parts;
-    int64_t first = call->rows * part / call->parts, last = call->rows * (part + 1) / call->parts;
-    (void)thread;
-    for (int64_t row = first; row < last; row++) {
-        const float *x = call->x + stream * call->x_stride + row * call->channels;
-        float *out = call->out + stream * call->out_stride + row * call->channels;
-        for (int64_t c = 0; c < call->channels; c += LANES)
-            store(out + c, snake(load(x + c), load(call->act.frequency + c), load(call->act.height + c)));
-    }
-}
-
-/* x (B, T, C) -> out, which may be x; strides in floats from stream to stream; C a multiple of LANES. */
-EXPORT void snake_rows(const float *x, int64_t x_stride, float *out, int64_t out_stride, const float *frequency,
-                       const float *height, int64_t streams, int64_t rows, int64_t channels, int64_t threads) {
-    int64_t parts = rows * channels < 16384 ? 1 : threads; /* less is not worth a thread's waking */
-    struct snake_call call = {x, out, {frequency, height}, x_stride, out_stride, rows, channels, parts};
-    share(snake_part, &call, streams * parts, parts == 1 && streams * rows * channels < 16384 ? 1 : threads);
-}
-
-/* ---- residual units ---- */
 
 /* rows (TILE_ROWS, inputs) by weights (inputs, COLUMNS). */
 INLINE void multiply(const float *rows, const float *weights, int64_t inputs, Floats sums[TILE_ROWS][TILE_VECTORS]) {
@@ -144,7 +41,7 @@ INLINE void multiply(const float *rows, const float *weights, int64_t inputs, Fl
     memcpy(sums, kept, sizeof kept);
 }
 
-/* The inner algorithm: y = SUMS ((FACTORS x) * (weights' factors, which codec_tail.py makes)), scaled by powers of 2 so
+/* The inner algorithm: y = SUMS ((FACTORS x) * (weights' factors, which codec_parts.py makes)), scaled by powers of 2 so
  * that all factors of x are about as large as x. */
 static const float FACTORS[POINTS][POINTS] = {
     {-0.25f, -0.5f, 0.25f, 0.5f, 0},
@@ -166,8 +63,9 @@ INLINE Floats combined(const float row[POINTS], const Floats *x, int step) {
 struct unit_call {
     const struct unit *unit;
     const float *window;
-    float *x, *scratch;
-    int64_t rows, groups, parts; /* groups: of OUTPUTS rows each, a dilation apart; parts: items of a stream */
+    float *x, *scratch; /* scratch: unit_floats for each thread */
+    atomic_int *taken;  /* (threads,): whose scratch is in use */
+    int64_t streams, rows, groups, parts; /* groups: of OUTPUTS rows each, a dilation apart; parts: items of a stream */
 };
 
 /* A thread's own. */
@@ -175,7 +73,7 @@ struct scratch { float *factors, *products, *hidden; };
 
 static const int64_t PRODUCT_FLOATS = (int64_t)GROUPS * PRODUCTS * COLUMNS;
 
-EXPORT int64_t scratch_floats(int64_t channels) {
+static int64_t unit_floats(int64_t channels) {
     return GROUPS * (PRODUCTS + OUTPUTS) * channels + PRODUCT_FLOATS;
 }
 
@@ -261,17 +159,23 @@ static void mix(const struct unit_call *call, float *x, const float *hidden, int
     }
 }
 
-static void unit_part(void *data, int64_t item, int thread) {
-    const struct unit_call *call = data;
+/* The first place that nobody has; there are as many as threads. */
+static int64_t take_place(atomic_int *taken) {
+    for (int64_t place = 0;; place++)
+        if (!atomic_exchange_explicit(taken + place, 1, memory_order_acquire)) return place;
+}
+
+static void run_unit(const struct unit_call *call, int64_t item) {
     int64_t channels = call->unit->channels, stream = item / call->parts, begin = item % call->parts * GROUPS;
     int64_t left = call->groups - begin, tiles = ((left < GROUPS ? left : GROUPS) + TILE_ROWS - 1) / TILE_ROWS;
     const float *window = call->window + stream * (call->rows + (TAPS - 1) * call->unit->dilation) * channels;
-    float *x = call->x + stream * call->rows * channels, *scratch = call->scratch + thread * scratch_floats(channels);
+    int64_t place = take_place(call->taken);
+    float *x = call->x + stream * call->rows * channels, *scratch = call->scratch + place * unit_floats(channels);
     struct scratch own = {scratch, scratch + GROUPS * PRODUCTS * channels, 0};
     own.hidden = own.products + PRODUCT_FLOATS;
     for (int64_t group = 0; group < tiles * TILE_ROWS; group++) {
-        int64_t place = (group / TILE_ROWS * PRODUCTS * TILE_ROWS + group % TILE_ROWS) * channels;
-        factor(call, window, within(begin + group, call->groups), own.factors + place);
+        int64_t at = (group / TILE_ROWS * PRODUCTS * TILE_ROWS + group % TILE_ROWS) * channels;
+        factor(call, window, within(begin + group, call->groups), own.factors + at);
     }
     for (int64_t column = 0; column < channels; column += COLUMNS) convolve(call->unit, &own, tiles, column);
     for (int64_t column = 0; column < channels; column += COLUMNS)
@@ -280,16 +184,12 @@ static void unit_part(void *data, int64_t item, int thread) {
                 const float *hidden = own.hidden + (tile * OUTPUTS + output) * TILE_ROWS * channels;
                 mix(call, x, hidden, begin + tile * TILE_ROWS, output, column);
             }
+    atomic_store_explicit(call->taken + place, 0, memory_order_release);
 }
 
-/* x (B, T, C) += mix(snake(convolution(window))), of window (B, (TAPS - 1) D + T, C). C: a multiple of COLUMNS.
- * scratch: `threads` times scratch_floats, on a cache line. */
-EXPORT void residual_unit(const struct unit *unit, const float *window, float *x, float *scratch, int64_t streams,
-                          int64_t rows, int64_t threads) {
+static struct unit_call unit_call(const struct unit *unit, const float *window, float *x, int64_t streams, int64_t rows) {
     int64_t span = OUTPUTS * unit->dilation, groups = (rows + span - 1) / span * unit->dilation;
-    struct unit_call call = {unit, window, x, scratch, rows, groups, (groups + GROUPS - 1) / GROUPS};
-    share(unit_part, &call, streams * call.parts, threads);
+    return (struct unit_call){unit, window, x, NULL, NULL, streams, rows, groups, (groups + GROUPS - 1) / GROUPS};
 }
 
-EXPORT int64_t columns(void) { return COLUMNS; }
-EXPORT int64_t lanes(void) { return LANES; }
+#endif
