@@ -235,6 +235,7 @@ def test_a_compiler_that_fails_is_named_and_the_next_one_tried(tmp_path, monkeyp
         ("FINER = 2 *", "FINER = 3 *", "product in fine int8"),
         ("scores[i] = dot(query", "scores[i] = 1.1f * dot(query", "layers' output"),
         ("there * sin[i]", "there * -sin[i]", "layers'"),
+        ("values + i * n + d + v * LANES", "values + i * n + d", "layers' output"),
         ("gate / (1 + ", "gate / (2 + ", "layers'"),
     ],
 )

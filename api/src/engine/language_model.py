@@ -99,7 +99,9 @@ class LanguageModel:
         self.way = way
         use(self.talker, way.arithmetic)
         config = self.config.talker_config
-        self.passes: Passes = NativePasses.of(self.talker, config, self.native) or LayerPasses(self.talker, config, way)
+        ours = NativePasses.of(self.talker, config, self.native)
+        self.passes: Passes = ours or LayerPasses(self.talker, config, way)
+        self.whole_frame = ours.whole_frame(self.suppressed, self.eos) if ours else None
 
     def new_slots(self, count: int, positions: int, text_rows: int) -> Slots:
         """Arenas for `count` streams; see Slots."""
@@ -151,6 +153,8 @@ class LanguageModel:
 
     def frame(self, state: Slots, index: Tensor, shape: StepShape, lengths: Lengths = ()) -> Tensor:
         """The device's part of frame_step: index (B,) -> codes (B, C). `lengths`: as StepMemory."""
+        if self.whole_frame is not None:
+            return self.whole_frame.run(state, index)
         rows = state.rows(index)
         hidden, logits = self.passes.talk(state, index, rows, shape, lengths)  # (B, H), (B, V)
         uniform = draws(rows.keys, rows.frames, self.config.talker_config.num_code_groups)  # (B, C)

@@ -17,6 +17,7 @@ from .config import TalkerConfig
 from .kernels import Way
 from .layers import rotations
 from .linear import Linear
+from .native.frame import NativeFrame
 from .native.products import Native, NativeProduct
 from .native.stack import NativeStack
 from .predictor import LayerPass, PredictorPass
@@ -79,7 +80,7 @@ class NativePasses:
 
     def __init__(self, talker: Talker, config: TalkerConfig, native: Native) -> None:
         predictor = talker.code_predictor
-        self._talker, self._heads = talker, [_head(head) for head in predictor.lm_head]
+        self._native, self._talker, self._heads = native, talker, [_head(head) for head in predictor.lm_head]
         self._layers = NativeStack(native, talker.model.layers, talker.model.norm, config)
         self._predictor = NativeStack(
             native, predictor.model.layers, predictor.model.norm, config.code_predictor_config
@@ -94,6 +95,13 @@ class NativePasses:
         if native is None or not all(map(NativeStack.able, parts)):
             return None
         return cls(talker, config, native)
+
+    def whole_frame(self, suppressed: Tensor, end: int) -> NativeFrame | None:
+        """All of a frame in one call, with its choices: as NativeFrame. None where a head is not the kernel's."""
+        if not NativeFrame.able(self._talker):
+            return None
+        stacks = (self._layers, self._predictor)
+        return NativeFrame(self._native, self._talker, stacks, self._rotation, suppressed, end)
 
     def store(self, state: Slots, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
         """As Passes, a part of a prompt at a time."""

@@ -168,6 +168,7 @@ class Slots:
         self.next_input = like.new_zeros(count, config.hidden_size)
         self.text = like.new_zeros(count, text_rows + 1, config.hidden_size)
         self.seen = torch.zeros(count, config.vocab_size, dtype=torch.bool, device=like.device)
+        # native/decoder.c knows these columns too
         self.reals = torch.ones(count, 5, device=like.device)
         self.settings = torch.zeros(count, 6, dtype=torch.int64, device=like.device)
         self.progress = torch.zeros(count, 3, dtype=torch.int64, device=like.device)  # position, frame, text rows

@@ -1,7 +1,7 @@
 """Whether the kernel can be had, and calculates what torch's operations do: it is used only then.
 
 Owns the comparison, by small random weights: products of each kind with rows alone and together, and two layers for
-prompts and single positions.
+prompts and single positions. Whole frames are check_frame.py's.
 Shapes: N rows, H hidden.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from ..layers import DecoderLayer, RMSNorm, rotations
 from ..linear import Form, Linear, settle
 from ..quantised import Codes, Int8Product
 from ..slots import KeyValues, PromptMemory, StepMemory
+from .check_frame import check_choices, check_frames
 from .library import COMPILERS, NoKernel, load
 from .products import DECODER, Native, NativeProduct
 from .stack import NativeStack
@@ -29,6 +31,8 @@ _STEPS = 127.5
 _FINER = 2 * _STEPS * (1 - 2.0**-10)
 _CONFIG = TransformerConfig(16, 80, 112, 2, 4, 2, 24)
 """No size is a multiple of the kernel's blocks."""
+_HEAD_DIMS = (24, 128)
+"""The published size is calculated in its own way."""
 _SPAN = 24
 TOLERANCES: dict[Form, float] = {"fp32": 1e-4, "int8": 1e-2}
 """Of layers, relative, root mean square. In int8 the last bit of a row may become the code next to it."""
@@ -63,11 +67,15 @@ def check(native: Native) -> None:
         NoKernel: they do not agree.
     """
     try:
-        for rows in (1, 2, 3, 8, 13):
+        for rows in (*range(1, 10), 13, 16):
             _check_products(native, rows)
         forms: list[Form] = ["int8", "fp32"] if native.has_exact else ["int8"]
         for form in forms:
-            _check_layers(native, form)
+            for head_dim in _HEAD_DIMS:
+                _check_layers(native, form, replace(_CONFIG, head_dim=head_dim))
+        check_choices(native)
+        if native.has_exact:
+            check_frames(native)
     finally:
         native.close()
 
@@ -103,12 +111,12 @@ def _rounded(x: Tensor, codes: Codes, *, fine: bool) -> Tensor:
     return F.linear(value * largest.double() / _STEPS, weight)
 
 
-def _check_layers(native: Native, form: Form) -> None:
-    layers, norm = _layers(form, native)
-    stack = NativeStack(native, layers, norm, _CONFIG)
-    table = rotations(_CONFIG, _SPAN, norm.weight)
-    arenas = [KeyValues(_CONFIG, 3, _SPAN, norm.weight) for _ in range(2)]
-    prompt, frame = _random(5, _CONFIG.hidden_size), _random(2, _CONFIG.hidden_size)
+def _check_layers(native: Native, form: Form, config: TransformerConfig) -> None:
+    layers, norm = _layers(form, native, config)
+    stack = NativeStack(native, layers, norm, config)
+    table = rotations(config, _SPAN, norm.weight)
+    arenas = [KeyValues(config, 3, _SPAN, norm.weight) for _ in range(2)]
+    prompt, frame = _random(5, config.hidden_size), _random(2, config.hidden_size)
     outs = []
     for arena, by_kernel in zip(arenas, (True, False), strict=True):
         for slot, length in ((1, 5), (2, 3)):
@@ -139,10 +147,10 @@ def _run(layers: nn.ModuleList, x: Tensor, *others: object) -> Tensor:
     return x if delta is None else x + delta
 
 
-def _layers(form: Form, native: Native) -> tuple[nn.ModuleList, RMSNorm]:
+def _layers(form: Form, native: Native, config: TransformerConfig) -> tuple[nn.ModuleList, RMSNorm]:
     with torch.device("cpu"):
-        layers = nn.ModuleList(DecoderLayer(_CONFIG, layer) for layer in range(_CONFIG.num_hidden_layers))
-        norm = RMSNorm(_CONFIG.hidden_size, _CONFIG.rms_norm_eps)
+        layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     for number, part in enumerate([*layers.modules(), norm]):
         if isinstance(part, Linear | RMSNorm):
             part.requires_grad_(False)

@@ -1,15 +1,18 @@
 /* The decoder layers of a few rows on a CPU: one call runs a whole stack of layers for rows that are one new position
- * each. What bounds a frame there is the time to read the weights; so they are read once for all rows, each thread in
- * streams that do not break, and nothing but a few thousand instructions lies between two products.
+ * each, or a whole frame: the talker's step, and the code predictor's passes with the choices between them. What bounds
+ * a frame there is the time to read the weights; so they are read once for all rows, each thread in streams that do not
+ * break, and little lies between two products.
  *
- * Owns the order of a layer's work and its arithmetic between the products, which are products.h's. Tensors, and the
- * scratch that a call needs, are the caller's (products.py, stack.py), which mirrors the structs. No call checks its
- * arguments. A row is calculated by itself: no bit of it depends on the rows beside it, on the threads (threads.h) or
- * on who took which item.
- * Shapes: N rows, I inputs, O outputs, H hidden, Q query heads, K key-value heads, G queries of each, D head_dim.
+ * Owns the order of passes and choices in a frame; a layer's work is layers.h's, a choice sampling.h's. Tensors, and
+ * the scratch that a call needs, are the caller's (products.py, stack.py, frame.py), which mirrors the structs. No call
+ * checks its arguments. A row is calculated by itself: no bit of it depends on the rows beside it, on the threads
+ * (threads.h) or on who took which item.
+ * Shapes: N rows, I inputs, O outputs, B sequences, H talker's hidden, h the predictor's, V a vocabulary, C code groups.
  */
 #define _GNU_SOURCE
+#include "layers.h"
 #include "products.h"
+#include "sampling.h"
 #include "threads.h"
 
 /* ---- one product ---- */
@@ -47,69 +50,20 @@ EXPORT void multiply(struct pool *pool, const struct matrix *m, int64_t n, const
     run_job(pool, &p.job);
 }
 
-/* ---- layers ---- */
+/* ---- one step of a stack ---- */
 
-struct layer {
-    struct matrix qkv, o, gate_up, down;
-    const float *input_norm, *post_norm, *q_norm, *k_norm;
-};
-
-struct stack {
-    int64_t hidden, queries, keys, head_dim, inner, layers;
-    double epsilon;
-    const struct layer *layer; /* (layers,) */
-    const float *norm;
-};
-
-/* B sequences of T new positions each: N = B * T rows. After them come the norm and, if there is one, a head, of each
- * sequence's last row. */
-struct step {
-    int64_t sequences, fresh;
-    const int64_t *slots, *positions; /* (N,): place in the arenas, and which position of it */
-    float *x;                         /* (N, H): the input; overwritten */
-    float *keys, *values;             /* (layers, slots, K, span, D) */
-    int64_t slots_of_layer, span;
-    const float *cos, *sin;    /* (positions, D); the first half of sin is negated */
-    float *normed;             /* (B, H) */
-    const struct matrix *head; /* or NULL */
-    float *logits;             /* (B, O) */
-    uint8_t *scratch;          /* step_scratch bytes, aligned to 64 */
-};
-
-struct buffers {
-    float *normed, *heads, *attended, *gated, *active, *scores;
-    struct rows rows;
-};
-
-struct layers_job {
+struct step_job {
     struct job job;
-    const struct stack *stack;
-    const struct step *step;
-    struct buffers buffers;
-    int64_t n;
+    struct pass pass;
 };
 
-enum phase { INPUT_NORM, QKV, ATTEND, ROUND, O, POST_NORM, GATE_UP, SWIGLU, DOWN, PHASES_OF_LAYER, LAST_NORM, HEAD };
-
-INLINE void *take(uintptr_t *rest, int64_t bytes) {
-    void *taken = (void *)*rest;
-    *rest += (uintptr_t)padded(bytes, 64);
-    return taken;
+static int64_t items_of_step(const void *job, int64_t phase, int64_t threads) {
+    const struct pass *p = &((const struct step_job *)job)->pass;
+    return items_of_pass(p->stack, p->step.sequences, p->step.fresh, phase, threads);
 }
 
-/* Places for n rows from the address `scratch` on; the address of what is behind them. */
-static uintptr_t lay_out(const struct stack *s, int64_t n, int64_t longest, uintptr_t scratch, struct buffers *b) {
-    int64_t inner = s->queries * s->head_dim, widest = s->hidden > inner ? s->hidden : inner;
-    widest = widest > 2 * s->inner ? widest : 2 * s->inner; /* FINE has two codes for each input of `down` */
-    b->normed = take(&scratch, 4 * n * s->hidden);
-    b->heads = take(&scratch, 4 * n * (inner + 2 * s->keys * s->head_dim));
-    b->attended = take(&scratch, 4 * n * inner);
-    b->gated = take(&scratch, 4 * n * 2 * s->inner);
-    b->active = take(&scratch, 4 * n * s->inner);
-    b->scores = take(&scratch, 4 * n * s->queries * padded(longest, LANES));
-    b->rows.scales = take(&scratch, 4 * n);
-    b->rows.codes = take(&scratch, n * (widest + 2 * 64));
-    return scratch;
+static void run_step_item(const void *job, int64_t phase, int64_t item, int64_t items) {
+    run_pass(&((const struct step_job *)job)->pass, phase, item, items);
 }
 
 /* For n rows, of which none attends to more than `longest` positions. */
@@ -118,169 +72,236 @@ EXPORT int64_t step_scratch(const struct stack *s, int64_t n, int64_t longest) {
     return (int64_t)lay_out(s, n, longest, 0, &b);
 }
 
-INLINE Floats pick(Ints where, Floats yes, Floats no) {
-    return (Floats)(((Ints)yes & where) | ((Ints)no & ~where));
-}
-
-/* e^x for x from -87 to 88, which others become; NaN stays. The polynomial is Cephes' expf (Moshier). */
-INLINE Floats exponential(Floats x) {
-    x = pick(x < -87.0f, spread(-87.0f), pick(x > 88.0f, spread(88.0f), x));
-    Floats shifted = x * 1.44269504f + ROUNDER, power = shifted - ROUNDER;
-    Floats r = x - power * 0.693359375f + power * 2.12194440e-4f;
-    Floats sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    sum = sum * r + 8.3334519073e-3f;
-    sum = sum * r + 4.1665795894e-2f;
-    sum = sum * r + 1.6666665459e-1f;
-    sum = sum * r + 5.0000001201e-1f;
-    sum = sum * r * r + r + 1;
-    Ints exponent = (Ints)shifted - (Ints)spread(ROUNDER) + 127;
-    return sum * (Floats)((Bits)exponent << 23);
-}
-
-static void rms_norm(const float *x, const float *restrict weight, int64_t n, double epsilon, float *out) {
-    float scale = 1 / sqrtf(dot(x, x, n) / (float)n + (float)epsilon);
-    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
-}
-
-/* gated (2 I,) -> silu(gate) * up (I,). */
-static void swiglu(const float *gated, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i += LANES) {
-        size_t bytes = 4 * (size_t)(n - i < LANES ? n - i : LANES);
-        Floats gate = {0}, up = {0};
-        memcpy(&gate, gated + i, bytes);
-        memcpy(&up, gated + n + i, bytes);
-        gate = gate / (1 + exponential(-gate)) * up;
-        memcpy(out + i, &gate, bytes);
-    }
-}
-
-/* A head (D,), normed and rotated; `out` may be the head itself. */
-static void turn(const float *head, const float *weight, const float *cos, const float *sin, int64_t n, double epsilon,
-                 float *out) {
-    rms_norm(head, weight, n, epsilon, out);
-    for (int64_t i = 0; i < n / 2; i++) {
-        float here = out[i], there = out[i + n / 2];
-        out[i] = here * cos[i] + there * sin[i];
-        out[i + n / 2] = there * cos[i + n / 2] + here * sin[i + n / 2];
-    }
-}
-
-/* scores (n,), with room up to a multiple of 16 -> their exponentials; the sum of these. */
-static float soften(float *scores, int64_t n) {
-    float most = scores[0];
-    Floats sum = {0};
-    for (int64_t i = 1; i < n; i++) most = scores[i] > most ? scores[i] : most;
-    for (int64_t i = n; i < padded(n, LANES); i++) scores[i] = -INFINITY;
-    for (int64_t i = 0; i < n; i += LANES) {
-        Floats share = exponential(load(scores + i) - most);
-        store(scores + i, share);
-        sum += share;
-    }
-    return total(sum);
-}
-
-/* One query (D,) over `length` keys and values (length, D) -> out (D,). */
-static void attend(const float *query, const float *keys, const float *restrict values, int64_t length, int64_t n,
-                   float *restrict scores, float *restrict out) {
-    float scale = 1 / sqrtf((float)n);
-    for (int64_t i = 0; i < length; i++) scores[i] = dot(query, keys + i * n, n) * scale;
-    float share = 1 / soften(scores, length);
-    memset(out, 0, 4 * (size_t)n);
-    for (int64_t i = 0; i < length; i++)
-        for (int64_t d = 0; d < n; d++) out[d] += scores[i] * values[i * n + d];
-    for (int64_t d = 0; d < n; d++) out[d] *= share;
-}
-
-/* One key-value head of one sequence: its new keys and values into the arenas, then the queries that belong to it. */
-static void attend_head(const struct layers_job *j, int64_t layer, int64_t sequence, int64_t head) {
-    const struct stack *s = j->stack;
-    const struct step *step = j->step;
-    const struct layer *l = s->layer + layer;
-    int64_t n = s->head_dim, group = s->queries / s->keys, width = (s->queries + 2 * s->keys) * n;
-    int64_t longest = 0, first = sequence * step->fresh;
-    int64_t arena = (layer * step->slots_of_layer + step->slots[first]) * s->keys + head;
-    float *keys = step->keys + arena * step->span * n, *values = step->values + arena * step->span * n;
-    for (int64_t row = first; row < first + step->fresh; row++) {
-        int64_t at = step->positions[row] * n;
-        const float *projected = j->buffers.heads + row * width + (s->queries + head) * n;
-        turn(projected, l->k_norm, step->cos + at, step->sin + at, n, s->epsilon, keys + at);
-        memcpy(values + at, projected + s->keys * n, 4 * (size_t)n);
-    }
-    for (int64_t row = 0; row < j->n; row++) longest = step->positions[row] > longest ? step->positions[row] : longest;
-    for (int64_t row = first; row < first + step->fresh; row++)
-        for (int64_t member = head * group; member < (head + 1) * group; member++) {
-            int64_t at = step->positions[row] * n;
-            float *query = j->buffers.heads + row * width + member * n;
-            float *scores = j->buffers.scores + (row * s->queries + member) * padded(longest + 1, LANES);
-            turn(query, l->q_norm, step->cos + at, step->sin + at, n, s->epsilon, query);
-            attend(query, keys, values, step->positions[row] + 1, n, scores,
-                   j->buffers.attended + (row * s->queries + member) * n);
-        }
-}
-
-/* What a phase is, and of which layer. */
-static enum phase kind_of(const struct stack *s, int64_t phase, int64_t *layer) {
-    *layer = phase / PHASES_OF_LAYER;
-    if (*layer < s->layers) return (enum phase)(phase % PHASES_OF_LAYER);
-    return phase == s->layers * PHASES_OF_LAYER ? LAST_NORM : HEAD;
-}
-
-static int64_t items_of_layers(const void *job, int64_t phase, int64_t threads) {
-    const struct layers_job *j = job;
-    int64_t number;
-    switch (kind_of(j->stack, phase, &number)) {
-    case QKV: case O: case GATE_UP: case DOWN: case HEAD: return product_items(threads);
-    case ATTEND: return j->step->sequences * j->stack->keys;
-    case LAST_NORM: return j->step->sequences;
-    default: return j->n;
-    }
-}
-
-static void run_layers(const void *job, int64_t phase, int64_t item, int64_t items) {
-    const struct layers_job *j = job;
-    const struct stack *s = j->stack;
-    const struct step *step = j->step;
-    const struct buffers *b = &j->buffers;
-    int64_t number, inner = s->queries * s->head_dim;
-    enum phase kind = kind_of(s, phase, &number);
-    const struct layer *l = s->layer + number;
-    struct rows rows = b->rows;
-    const struct matrix *head = step->head;
-    float *x = step->x + item * s->hidden, *normed = b->normed + item * s->hidden;
-    rows.floats = kind == O || kind == ROUND ? b->attended : kind == DOWN || kind == SWIGLU ? b->active : b->normed;
-    switch (kind) {
-    case INPUT_NORM:
-        rms_norm(x, l->input_norm, s->hidden, s->epsilon, normed);
-        prepare(l->qkv.kind, normed, s->hidden, item, &rows);
-        break;
-    case QKV: multiply_part(&l->qkv, &rows, j->n, b->heads, false, item, items); break;
-    case ATTEND: attend_head(j, number, item / s->keys, item % s->keys); break;
-    case ROUND: prepare(l->o.kind, b->attended + item * inner, inner, item, &rows); break;
-    case O: multiply_part(&l->o, &rows, j->n, step->x, true, item, items); break;
-    case POST_NORM:
-        rms_norm(x, l->post_norm, s->hidden, s->epsilon, normed);
-        prepare(l->gate_up.kind, normed, s->hidden, item, &rows);
-        break;
-    case GATE_UP: multiply_part(&l->gate_up, &rows, j->n, b->gated, false, item, items); break;
-    case SWIGLU:
-        swiglu(b->gated + item * 2 * s->inner, s->inner, b->active + item * s->inner);
-        prepare(l->down.kind, b->active + item * s->inner, s->inner, item, &rows);
-        break;
-    case DOWN: multiply_part(&l->down, &rows, j->n, step->x, true, item, items); break;
-    case LAST_NORM:
-        x = step->x + ((item + 1) * step->fresh - 1) * s->hidden;
-        rms_norm(x, s->norm, s->hidden, s->epsilon, step->normed + item * s->hidden);
-        if (head) prepare(head->kind, step->normed + item * s->hidden, s->hidden, item, &rows);
-        break;
-    default: multiply_part(head, &rows, step->sequences, step->logits, false, item, items);
-    }
+static int64_t longest_of(const int64_t *positions, int64_t n) {
+    int64_t longest = 0;
+    for (int64_t row = 0; row < n; row++) longest = positions[row] > longest ? positions[row] : longest;
+    return longest + 1;
 }
 
 EXPORT void run_step(struct pool *pool, const struct stack *stack, const struct step *step) {
-    int64_t n = step->sequences * step->fresh, longest = 0;
-    for (int64_t row = 0; row < n; row++) longest = step->positions[row] > longest ? step->positions[row] : longest;
-    struct layers_job j = {{0, items_of_layers, run_layers}, stack, step, {0}, n};
-    j.job.phases = stack->layers * PHASES_OF_LAYER + 1 + (step->head != NULL);
-    lay_out(stack, n, longest + 1, (uintptr_t)step->scratch, &j.buffers);
+    int64_t longest = longest_of(step->positions, step->sequences * step->fresh);
+    struct step_job j = {{phases_of_pass(stack, step->head), items_of_step, run_step_item},
+                         begin_pass(stack, step, longest)};
+    run_job(pool, &j.job);
+}
+
+/* ---- choices ---- */
+
+EXPORT int64_t scratch_to_choose(int64_t n) { return choice_scratch(n); }
+
+/* One code by n logits; scratch: scratch_to_choose bytes. */
+EXPORT int64_t choose_one(const float *logits, int64_t n, bool sampled, float temperature, int64_t top_k, float top_p,
+                          float uniform, uint8_t *scratch) {
+    return choose(logits, n, (struct rule){sampled, temperature, top_p, top_k}, uniform, scratch);
+}
+
+/* ---- one frame ---- */
+
+/* slots.py's arenas (S, ...) and what their columns are. */
+enum real { PENALTY, TEMPERATURE, TOP_P, SUB_TEMPERATURE, SUB_TOP_P, REALS };
+enum setting { SAMPLED, TOP_K, SUB_SAMPLED, SUB_TOP_K, MIN_NEW_TOKENS, KEY, SETTINGS };
+enum progress { POSITION, FRAME, TEXT_ROWS, PROGRESSES };
+
+struct slots {
+    const float *reals;
+    const int64_t *settings;
+    int64_t *progress;
+    float *next_input;  /* (S, H) */
+    const float *text;  /* (S, rows, H) */
+    int64_t rows;
+    bool *seen;         /* (S, V) */
+};
+
+struct frame {
+    const struct stack *talker, *predictor;
+    struct slots slots;
+    struct step first, later;          /* the talker's, the predictor's: arenas, rotation and the first one's head */
+    int64_t groups;                    /* C */
+    const struct matrix *const *heads; /* (C - 1,) */
+    const struct matrix *projection;   /* of H inputs and h outputs, EXACT; NULL: H is h */
+    const float *bias;                 /* (h,) */
+    const float *const *inputs;        /* (C - 1,) of (V, h): what a code is to the predictor */
+    const float *const *embeddings;    /* (C,) of (V, H): what it is to the talker */
+    const bool *suppressed;            /* (V,) first codes that are never chosen */
+    int64_t end;                       /* the first code that ends the speech */
+    int64_t sequences;                 /* B */
+    const int64_t *index;              /* (B,): slots */
+    int64_t *codes;                    /* (B, C): made */
+    uint8_t *scratch;                  /* frame_scratch bytes, aligned to 64 */
+};
+
+struct frame_job {
+    struct job job;
+    const struct frame *frame;
+    struct pass talker;
+    struct step later;                  /* what the predictor's steps have in common */
+    int64_t *lengths;                   /* (B,): the talker's positions */
+    int64_t *places, *positions, *pair; /* (B,), (C - 1, B) and, of the first pass, (2 B,) twice */
+    float *projected;                   /* (B, h) */
+    uint8_t *choices;                   /* choice_scratch of each row */
+    int64_t choice_bytes;
+};
+
+static int64_t widest_vocabulary(const struct frame *f) {
+    int64_t widest = f->first.head->outputs;
+    for (int64_t g = 0; g + 1 < f->groups; g++) widest = f->heads[g]->outputs > widest ? f->heads[g]->outputs : widest;
+    return widest;
+}
+
+/* Places from the address `scratch` on; the address of what is behind them. */
+static uintptr_t lay_out_frame(const struct frame *f, uintptr_t scratch, struct frame_job *j) {
+    int64_t b = f->sequences, widest = widest_vocabulary(f), longest = 0;
+    struct step first = f->first, later = f->later;
+    for (int64_t row = 0; row < b; row++) {
+        int64_t length = f->slots.progress[f->index[row] * PROGRESSES + POSITION] + 1;
+        longest = length > longest ? length : longest;
+    }
+    j->frame = f;
+    j->places = take(&scratch, 8 * b);
+    j->positions = take(&scratch, 8 * b * (f->groups - 1));
+    j->pair = take(&scratch, 8 * 4 * b);
+    j->projected = take(&scratch, 4 * b * f->predictor->hidden);
+    j->choice_bytes = padded(choice_scratch(widest), 64);
+    j->choices = take(&scratch, b * j->choice_bytes);
+    first.sequences = later.sequences = b;
+    first.fresh = 1;
+    first.slots = f->index;
+    first.positions = j->lengths = take(&scratch, 8 * b);
+    first.x = take(&scratch, 4 * b * f->talker->hidden);
+    first.normed = take(&scratch, 4 * b * f->talker->hidden);
+    later.x = take(&scratch, 4 * 2 * b * f->predictor->hidden);
+    later.normed = take(&scratch, 4 * b * f->predictor->hidden);
+    first.logits = later.logits = take(&scratch, 4 * b * widest);
+    first.scratch = later.scratch = (uint8_t *)scratch; /* one after the other */
+    j->talker = begin_pass(f->talker, &first, longest);
+    j->later = later;
+    int64_t talker = step_scratch(f->talker, b, longest), predictor = step_scratch(f->predictor, 2 * b, f->groups);
+    return scratch + (uintptr_t)(talker > predictor ? talker : predictor);
+}
+
+EXPORT int64_t frame_scratch(const struct frame *f) {
+    struct frame_job j;
+    return (int64_t)lay_out_frame(f, 0, &j);
+}
+
+/* The predictor's pass that gives the logits of code group + 1. */
+static struct pass pass_of(const struct frame_job *j, int64_t group) {
+    const struct frame *f = j->frame;
+    struct step step = j->later;
+    int64_t b = step.sequences;
+    step.fresh = group ? 1 : 2;
+    step.slots = group ? j->places : j->pair;
+    step.positions = group ? j->positions + group * b : j->pair + 2 * b;
+    step.head = f->heads[group];
+    return begin_pass(f->predictor, &step, f->groups);
+}
+
+/* Code `group` of a row by n logits. */
+static int64_t choose_code(const struct frame_job *j, int64_t row, int64_t group, const float *logits, int64_t n) {
+    const struct frame *f = j->frame;
+    const float *reals = f->slots.reals + f->index[row] * REALS;
+    const int64_t *settings = f->slots.settings + f->index[row] * SETTINGS;
+    int64_t frame = f->slots.progress[f->index[row] * PROGRESSES + FRAME];
+    struct rule first = {settings[SAMPLED], reals[TEMPERATURE], reals[TOP_P], settings[TOP_K]};
+    struct rule later = {settings[SUB_SAMPLED], reals[SUB_TEMPERATURE], reals[SUB_TOP_P], settings[SUB_TOP_K]};
+    float uniform = uniform_at((uint64_t)settings[KEY], (uint64_t)(frame * f->groups + group + 1));
+    int64_t code = choose(logits, n, group ? later : first, uniform, j->choices + row * j->choice_bytes);
+    f->codes[row * f->groups + group] = code;
+    return code;
+}
+
+static void choose_first(const struct frame_job *j, int64_t row) {
+    const struct frame *f = j->frame;
+    int64_t n = f->first.head->outputs, h = f->predictor->hidden, slot = f->index[row];
+    float *logits = j->talker.step.logits + row * n, *x = j->later.x + 2 * row * h;
+    penalise(logits, n, f->slots.seen + slot * n, f->slots.reals[slot * REALS + PENALTY], f->suppressed);
+    if (f->slots.progress[slot * PROGRESSES + FRAME] < f->slots.settings[slot * SETTINGS + MIN_NEW_TOKENS])
+        logits[f->end] = -INFINITY;
+    int64_t code = choose_code(j, row, 0, logits, n);
+    memcpy(x, (f->projection ? j->projected : j->talker.step.normed) + row * h, 4 * (size_t)h);
+    if (f->projection) for (int64_t i = 0; i < h; i++) x[i] += f->bias[i];
+    memcpy(x + h, f->inputs[0] + code * h, 4 * (size_t)h);
+}
+
+/* What the codes of a row lead to: the slot's next input is the sum of their embeddings and of its text. */
+static void commit(const struct frame *f, int64_t row) {
+    int64_t n = f->talker->hidden, slot = f->index[row], *progress = f->slots.progress + slot * PROGRESSES;
+    const int64_t *codes = f->codes + row * f->groups;
+    int64_t text = progress[FRAME] < progress[TEXT_ROWS] ? progress[FRAME] : progress[TEXT_ROWS];
+    const float *restrict said = f->slots.text + (slot * f->slots.rows + text) * n;
+    float *restrict sum = f->slots.next_input + slot * n;
+    memset(sum, 0, 4 * (size_t)n);
+    for (int64_t g = 1; g <= f->groups; g++) { /* code 0 last, as torch's operations have it */
+        const float *restrict embedding = f->embeddings[g % f->groups] + codes[g % f->groups] * n;
+        for (int64_t i = 0; i < n; i++) sum[i] += embedding[i];
+    }
+    for (int64_t i = 0; i < n; i++) sum[i] += said[i];
+    f->slots.seen[slot * f->first.head->outputs + codes[0]] = true;
+    progress[POSITION]++;
+    progress[FRAME]++;
+}
+
+/* Of code `group`, from 1 on. */
+static void choose_next(const struct frame_job *j, int64_t group, int64_t row) {
+    const struct frame *f = j->frame;
+    int64_t n = f->heads[group - 1]->outputs, h = f->predictor->hidden;
+    int64_t code = choose_code(j, row, group, j->later.logits + row * n, n);
+    if (group + 1 == f->groups) commit(f, row);
+    else memcpy(j->later.x + row * h, f->inputs[group] + code * h, 4 * (size_t)h);
+}
+
+/* After the talker's phases come the projection and the first choice; after those of each pass, its choice. */
+enum { BETWEEN = 2 };
+
+static int64_t items_of_frame(const void *job, int64_t phase, int64_t threads) {
+    const struct frame_job *j = job;
+    const struct frame *f = j->frame;
+    int64_t b = f->sequences, talker = phases_of_pass(f->talker, true);
+    int64_t predictor = phases_of_pass(f->predictor, true) + 1;
+    if (phase < talker) return items_of_pass(f->talker, b, 1, phase, threads);
+    if (phase == talker) return f->projection ? product_items(threads) : 1;
+    if (phase == talker + 1) return b;
+    phase -= talker + BETWEEN;
+    int64_t group = phase / predictor, within = phase % predictor;
+    return within + 1 == predictor ? b : items_of_pass(f->predictor, b, group ? 1 : 2, within, threads);
+}
+
+static void run_frame_item(const void *job, int64_t phase, int64_t item, int64_t items) {
+    const struct frame_job *j = job;
+    const struct frame *f = j->frame;
+    int64_t talker = phases_of_pass(f->talker, true), predictor = phases_of_pass(f->predictor, true) + 1;
+    if (phase < talker) {
+        run_pass(&j->talker, phase, item, items);
+    } else if (phase == talker) {
+        struct rows rows = {NULL, NULL, j->talker.step.normed};
+        if (f->projection) multiply_part(f->projection, &rows, f->sequences, j->projected, false, item, items);
+    } else if (phase == talker + 1) {
+        choose_first(j, item);
+    } else {
+        phase -= talker + BETWEEN;
+        int64_t group = phase / predictor, within = phase % predictor;
+        struct pass pass = pass_of(j, group);
+        if (within + 1 == predictor) choose_next(j, group + 1, item);
+        else run_pass(&pass, within, item, items);
+    }
+}
+
+/* One frame of each slot in `index`; what a slot has and how far it is, is then as for its next one. */
+EXPORT void run_frame(struct pool *pool, const struct frame *f) {
+    int64_t b = f->sequences, h = f->talker->hidden, later = (f->groups - 1) * (phases_of_pass(f->predictor, true) + 1);
+    struct frame_job j;
+    lay_out_frame(f, (uintptr_t)f->scratch, &j);
+    j.job = (struct job){phases_of_pass(f->talker, true) + BETWEEN + later, items_of_frame, run_frame_item};
+    for (int64_t row = 0; row < b; row++) {
+        int64_t slot = f->index[row];
+        j.places[row] = row;
+        j.lengths[row] = f->slots.progress[slot * PROGRESSES + POSITION];
+        memcpy(j.talker.step.x + row * h, f->slots.next_input + slot * h, 4 * (size_t)h);
+    }
+    for (int64_t i = 0; i < (f->groups - 1) * b; i++) j.positions[i] = i / b + 1;
+    for (int64_t i = 0; i < 2 * b; i++) {
+        j.pair[i] = i / 2;
+        j.pair[2 * b + i] = i % 2;
+    }
     run_job(pool, &j.job);
 }

@@ -17,7 +17,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-enum { LANES = 16, GROUP = 8 }; /* outputs of a block, and the most rows that share one reading of it */
+enum { LANES = 16 }; /* outputs of a block */
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
@@ -77,6 +77,13 @@ enum { BY_FOUR = 1, WHOLE = LANES };
 enum { BY_FOUR = 0, WHOLE = 64 }; /* rows begin on a cache line */
 #endif
 
+/* The most rows of codes, and of floats, that share one reading of a block: as many as there are registers for sums. */
+#ifdef __AVX512F__
+enum { CODE_GROUP = 16, FLOAT_GROUP = 8 };
+#else
+enum { CODE_GROUP = 8, FLOAT_GROUP = 2 };
+#endif
+
 INLINE int64_t code_stride(int64_t inputs) { return padded(inputs, WHOLE); }
 
 EXPORT int64_t packed_bytes(int64_t kind, int64_t outputs, int64_t inputs) {
@@ -107,19 +114,22 @@ EXPORT bool multiplies_floats(void) {
 #endif
 }
 
-/* weights (O, I) in fp32 -> blocks of 16 outputs in bf16; two inputs of an output are one word, the first one low.
- * False: a weight is not a bf16 number. */
-EXPORT bool pack_exact(const uint32_t *weights, int64_t outputs, int64_t inputs, uint32_t *packed) {
-    int64_t pairs = padded(inputs, 2) / 2;
+/* Whether all n numbers in fp32 are bf16 numbers. */
+EXPORT bool fits_bf16(const uint32_t *numbers, int64_t n) {
     uint32_t lost = 0;
+    for (int64_t i = 0; i < n; i++) lost |= numbers[i] & 0xffff;
+    return !lost;
+}
+
+/* weights (O, I), of bf16 numbers -> blocks of 16 outputs; two inputs of an output are one word, the first one low. */
+EXPORT void pack_exact(const uint32_t *weights, int64_t outputs, int64_t inputs, uint32_t *packed) {
+    int64_t pairs = padded(inputs, 2) / 2;
     memset(packed, 0, (size_t)packed_bytes(EXACT, outputs, inputs));
     for (int64_t o = 0; o < outputs; o++)
         for (int64_t i = 0; i < inputs; i++) {
             uint32_t weight = weights[o * inputs + i];
             packed[(o / LANES * pairs + i / 2) * LANES + o % LANES] |= i % 2 ? weight & 0xffff0000 : weight >> 16;
-            lost |= weight & 0xffff;
         }
-    return !lost;
 }
 
 /* ---- rounding a row ---- */
@@ -175,8 +185,8 @@ enum { AHEAD = 8192 }; /* bytes of weights asked for early, into the second cach
 /* sums[r] of (code + 128) * weight of `rows` rows, which are a constant: a block of 16 outputs. */
 #ifdef __AVX512VNNI__
 INLINE void sum_codes(const int8_t *block, const uint8_t *codes, int64_t stride, int rows, Ints *sums) {
-    __m512i sum[GROUP]; /* one of each row; four of a single one, as an instruction takes four cycles */
-    UNROLL for (int i = 0; i < GROUP; i++) sum[i] = _mm512_setzero_si512();
+    __m512i sum[CODE_GROUP]; /* one of each row; four of a single one, as an instruction takes four cycles */
+    UNROLL for (int i = 0; i < CODE_GROUP; i++) sum[i] = _mm512_setzero_si512();
     for (int64_t i = 0; i < stride; i += LANES) {
         UNROLL for (int j = 0; j < LANES; j += 4) {
             const int8_t *at = block + (i + j) * LANES;
@@ -196,7 +206,7 @@ INLINE void sum_codes(const int8_t *block, const uint8_t *codes, int64_t stride,
 #else
 INLINE void sum_codes(const int8_t *block, const uint8_t *codes, int64_t stride, int rows, Ints *sums) {
     for (int o = 0; o < LANES; o++, block += stride) {
-        int32_t sum[GROUP] = {0};
+        int32_t sum[CODE_GROUP] = {0};
         for (int64_t i = 0; i < stride; i++) {
             int16_t weight = block[i]; /* two products of 16 bits are one instruction on all processors */
             UNROLL for (int r = 0; r < rows; r++) sum[r] += (int16_t)codes[r * stride + i] * weight;
@@ -208,7 +218,7 @@ INLINE void sum_codes(const int8_t *block, const uint8_t *codes, int64_t stride,
 
 /* The same in fp32 of weights in bf16. Two sums of each output, whatever the rows: their order must not change. */
 INLINE void sum_floats(const uint32_t *block, const float *x, int64_t inputs, int rows, Floats *sums) {
-    Floats first[GROUP], second[GROUP];
+    Floats first[FLOAT_GROUP], second[FLOAT_GROUP];
     UNROLL for (int r = 0; r < rows; r++) first[r] = second[r] = (Floats){0};
     for (int64_t i = 0; i < inputs; i += 2, block += LANES) {
         Bits pair;
@@ -224,48 +234,55 @@ INLINE void sum_floats(const uint32_t *block, const float *x, int64_t inputs, in
     UNROLL for (int r = 0; r < rows; r++) sums[r] = first[r] + second[r];
 }
 
-#ifdef __AVX512F__
-enum { FLOAT_GROUP = GROUP };
-#else
-enum { FLOAT_GROUP = 2 }; /* there are too few registers for the sums of more */
-#endif
+#define OF(sum, count) case count: sum(block, x, stride, count, sums); break;
+#define OF_FEW(sum) OF(sum, 1) OF(sum, 2) OF(sum, 3) OF(sum, 4) OF(sum, 5) OF(sum, 6) OF(sum, 7) OF(sum, 8)
+#define OF_MORE(sum) OF(sum, 9) OF(sum, 10) OF(sum, 11) OF(sum, 12) OF(sum, 13) OF(sum, 14) OF(sum, 15) OF(sum, 16)
 
-#define BY_ROWS(sum, block, x, stride, count, sums)                   \
-    switch (count) {                                                  \
-    case 8: sum(block, x, stride, 8, sums); break;                    \
-    case 4: sum(block, x, stride, 4, sums); break;                    \
-    case 2: sum(block, x, stride, 2, sums); break;                    \
-    default: sum(block, x, stride, 1, sums); break;                   \
+static void sum_codes_of(const int8_t *block, const uint8_t *x, int64_t stride, int64_t rows, Ints *sums) {
+    switch (rows) {
+        OF_FEW(sum_codes)
+#ifdef __AVX512F__
+        OF_MORE(sum_codes)
+#endif
     }
+}
+
+static void sum_floats_of(const uint32_t *block, const float *x, int64_t stride, int64_t rows, Floats *sums) {
+    switch (rows) {
+        OF(sum_floats, 1) OF(sum_floats, 2)
+#ifdef __AVX512F__
+        OF(sum_floats, 3) OF(sum_floats, 4) OF(sum_floats, 5) OF(sum_floats, 6) OF(sum_floats, 7) OF(sum_floats, 8)
+#endif
+    }
+}
 
 /* A block of outputs, of all n rows: out (N, O), or added to it. */
 static void multiply_block(const struct matrix *m, const struct rows *x, int64_t n, int64_t block, float *out,
                            bool add) {
     int64_t first = block * LANES, width = m->outputs - first < LANES ? m->outputs - first : LANES;
     int64_t stride = code_stride(m->inputs), each = m->kind == FINE ? 2 : 1, count;
-    Ints sums[GROUP], shifts = {0};
-    Floats made[GROUP], scales = {0};
+    Ints sums[CODE_GROUP], shifts = {0};
+    Floats made[CODE_GROUP], scales = {0};
     if (m->kind != EXACT) {
         memcpy(&shifts, m->shifts + first, 4 * (size_t)width);
         memcpy(&scales, m->scales + first, 4 * (size_t)width);
     }
-    for (int64_t r = 0; r < n; r += count / each) { /* rows that share a reading; the later ones find it in a cache */
-        int64_t left = (n - r) * each;
-        left = m->kind == EXACT && left > FLOAT_GROUP ? FLOAT_GROUP : left;
-        count = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    for (int64_t r = 0; r < n; r += count) { /* rows that share a reading; the later ones find it in a cache */
+        int64_t most = m->kind == EXACT ? FLOAT_GROUP : CODE_GROUP / each;
+        count = n - r < most ? n - r : most;
         if (m->kind == EXACT) {
             const uint32_t *weights = (const uint32_t *)m->weights + first * padded(m->inputs, 2) / 2;
-            BY_ROWS(sum_floats, weights, x->floats + r * m->inputs, m->inputs, count, made)
+            sum_floats_of(weights, x->floats + r * m->inputs, m->inputs, count, made);
         } else {
             const int8_t *weights = (const int8_t *)m->weights + first * stride;
-            BY_ROWS(sum_codes, weights, x->codes + r * each * stride, stride, count, sums)
-            for (int64_t i = 0; i < count / each; i++) {
+            sum_codes_of(weights, x->codes + r * each * stride, stride, count * each, sums);
+            for (int64_t i = 0; i < count; i++) {
                 Floats sum = __builtin_convertvector(sums[i * each] - shifts, Floats);
                 if (each == 2) sum += __builtin_convertvector(sums[2 * i + 1] - shifts, Floats) * (1 / FINER);
                 made[i] = sum * (scales * x->scales[r + i]);
             }
         }
-        for (int64_t i = 0; i < count / each; i++) {
+        for (int64_t i = 0; i < count; i++) {
             float *to = out + (r + i) * m->outputs + first;
             if (width == LANES) store(to, add ? load(to) + made[i] : made[i]);
             else for (int64_t o = 0; o < width; o++) to[o] = (add ? to[o] : 0) + made[i][o];

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from ..quantised import Codes, Int8Product, Layout
+from .memory import WeightMemory
 from .pool import Pool
 
 DECODER = Path(__file__).parent / "decoder.c"
 INT8, FINE, EXACT = range(3)
-_PAGE = 2 << 20
-"""A huge page: weights in such are read faster."""
 
 
 class Matrix(ctypes.Structure):
@@ -43,6 +42,7 @@ class Native:
         """`library`: DECODER's. Raises AttributeError for one that lacks a function."""
         _declare(library)
         self.library, self.pool = library, Pool(library)
+        self._memory = WeightMemory()
         self.has_exact = bool(library.multiplies_floats())
 
     def close(self) -> None:
@@ -58,9 +58,10 @@ class Native:
         if not self.has_exact:
             return None
         weight = weight.contiguous()
-        packed = self._packed(EXACT, *weight.shape)
-        if not self.library.pack_exact(weight.data_ptr(), *weight.shape, packed.data_ptr()):
+        if not self.library.fits_bf16(weight.data_ptr(), weight.numel()):
             return None
+        packed = self._packed(EXACT, *weight.shape)
+        self.library.pack_exact(weight.data_ptr(), *weight.shape, packed.data_ptr())
         return NativeProduct(self, EXACT, weight.shape[0], weight.shape[1], packed, (), bias)
 
     def int8(self, codes: Codes, bias: Tensor | None, *, fine: bool) -> NativeProduct:
@@ -72,11 +73,7 @@ class Native:
         return NativeProduct(self, FINE if fine else INT8, outputs, inputs, packed, (scales, shifts), bias)
 
     def _packed(self, kind: int, outputs: int, inputs: int) -> Tensor:
-        """Memory for it, from the begin of a page on; what is beyond it is never touched."""
-        size = self.library.packed_bytes(kind, outputs, inputs)
-        room = torch.empty(size + _PAGE, dtype=torch.uint8, device="cpu")
-        begin = -room.data_ptr() % _PAGE
-        return room[begin : begin + size]
+        return self._memory.take(self.library.packed_bytes(kind, outputs, inputs))
 
 
 class NativeInt8:
@@ -133,16 +130,21 @@ class NativeProduct:
 
 def _declare(library: ctypes.CDLL) -> None:
     """The functions' signatures; pointers are addresses."""
-    number, address = ctypes.c_int64, ctypes.c_void_p
+    number, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     signatures: dict[str, tuple[list[type], type | None]] = {
         "packed_bytes": ([number] * 3, number),
         "pack_int8": ([address, number, number, address, address], None),
         "multiplies_floats": ([], ctypes.c_bool),
-        "pack_exact": ([address, number, number, address], ctypes.c_bool),
+        "fits_bf16": ([address, number], ctypes.c_bool),
+        "pack_exact": ([address, number, number, address], None),
         "product_scratch": ([address, number], number),
         "multiply": ([address, address, number, address, address, address], None),
         "step_scratch": ([address, number, number], number),
         "run_step": ([address, address, address], None),
+        "scratch_to_choose": ([number], number),
+        "choose_one": ([address, number, ctypes.c_bool, real, number, real, real, address], number),
+        "frame_scratch": ([address], number),
+        "run_frame": ([address, address], None),
         "pool_new": ([number], address),
         "pool_free": ([address], None),
     }

@@ -40,7 +40,7 @@ class _Stack(ctypes.Structure):
     ]
 
 
-class _Step(ctypes.Structure):
+class Step(ctypes.Structure):
     """struct step."""
 
     _fields_: ClassVar = [
@@ -72,6 +72,11 @@ class NativeStack:
         )
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
 
+    @property
+    def address(self) -> int:
+        """Of struct stack, as long as this lives."""
+        return ctypes.addressof(self._stack)
+
     @staticmethod
     def able(module: nn.Module) -> bool:
         """Whether all linear maps of `module` are the kernel's."""
@@ -99,7 +104,7 @@ class NativeStack:
         normed = x.new_empty(sequences, width)
         logits = None if head is None else x.new_empty(sequences, head.matrix.outputs)
         with self._native.pool.borrow() as pool:
-            step = _Step(
+            step = Step(
                 sequences,
                 fresh,
                 *(tensor.data_ptr() for tensor in (slots, positions, x, arena.keys, arena.values)),
@@ -117,7 +122,7 @@ class NativeStack:
         """Address of scratch for so many rows and positions; kept, as fresh memory costs more than a layer."""
         needed = self._native.library.step_scratch(ctypes.byref(self._stack), rows, span)
         if len(self._scratch) < needed:
-            self._scratch = torch.empty(needed + 64, dtype=torch.uint8, device="cpu")
+            self._scratch = torch.empty(needed, dtype=torch.uint8, device="cpu")
         return self._scratch.data_ptr()
 
 
