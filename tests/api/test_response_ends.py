@@ -11,7 +11,7 @@ import pytest
 
 from api.src.errors import Unavailable
 from api.src.routers.responses import ClientGone, until_hangup
-from api.src.stores.ledger_front import StoredHold
+from api.src.stores.ledger_front import StoredLedger
 from tests.conftest import Server
 from tests.fakes import FakeBackend
 
@@ -90,7 +90,7 @@ async def test_a_cancellation_from_outside_stays_one() -> None:
     assert await idle() == 0
 
 
-def test_a_hit_that_cannot_be_settled_is_an_error_and_costs_nothing(
+def test_a_hit_that_cannot_be_charged_is_an_error_and_costs_nothing(
     start_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prices = tmp_path / "prices.toml"
@@ -102,10 +102,10 @@ def test_a_hit_that_cannot_be_settled_is_an_error_and_costs_nothing(
     server.wait_idle()
     balance = server.call(lambda: server.service.ledger.balance("anonymous"))
 
-    async def settle(hold: StoredHold, event: Any) -> None:
+    async def charge(ledger: StoredLedger, event: Any, key: Any) -> None:
         raise Unavailable("Billing is not available at the moment.", retry_after=3)
 
-    monkeypatch.setattr(StoredHold, "settle", settle)
+    monkeypatch.setattr(StoredLedger, "charge", charge)
     answer = server.client.post("/v1/audio/speech", json=body)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
     assert answer.json()["error"]["code"] == "unavailable"

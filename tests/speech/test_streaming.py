@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -80,14 +80,14 @@ def event_parts(response: httpx.Response) -> Iterator[bytes]:
 
 
 def samples_in(format: AudioFormat, audio: bytes) -> int:
-    """Samples at 24 kHz of the one stream in `audio`, of which the end may be missing."""
+    """Samples at 24 kHz of the one stream in `audio`, of which the end may be missing, in the middle of a frame too."""
     if format == "pcm":
         return len(audio) // 2
     with open_encoder(format) as encoder:
         if len(audio) <= len(encoder.header):
             return 0
     count = 0.0
-    with av.open(io.BytesIO(audio)) as container:
+    with av.open(io.BytesIO(audio)) as container, suppress(av.error.InvalidDataError):
         assert len(container.streams) == 1
         for frame in container.decode(audio=0):
             assert frame.sample_rate is not None
