@@ -30,7 +30,7 @@ def test_nothing_is_lost_or_invented_when_everything_is_killed(tmp_path: Path) -
     attempts, statuses = report["attempts"], report["statuses"]
     assert attempts["whole"] >= KILLS
     assert attempts["cut"] > 0
-    assert attempts["left"] > 10
+    assert attempts["left"] > 0
     assert statuses[402] > 0
     assert min(report["cache"].get(status, 0) for status in ("miss", "hit", "join")) > 0
     assert report["charged_micros"] > 0
