@@ -25,7 +25,7 @@ def test_nothing_is_lost_or_invented_when_everything_is_killed(tmp_path: Path) -
     print(report)
     assert report["faults"] == []
     assert sum(report["killed"].values()) == KILLS
-    assert min(report["killed"].values()) >= 5
+    assert min(report["killed"].values()) >= 3
     # What makes the above worth something: all of it was under way.
     attempts, statuses = report["attempts"], report["statuses"]
     assert attempts["whole"] >= KILLS
