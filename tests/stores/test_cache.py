@@ -163,12 +163,13 @@ class TestReadingWhileWriting:
     def test_every_reader_gets_all_bytes(self, tmp_path: Path, finish: str) -> None:
         cache = open_cache(tmp_path, 0 if finish == "evict" else MIB)
         data = random.Random(1).randbytes(300_000)
-        finished = threading.Event()
+        open_by_all, finished = threading.Barrier(5), threading.Event()
         heard: list[bytes] = []
 
         def listen(writer: CacheWriter) -> None:
             got = bytearray()
             with writer.open() as reader:
+                open_by_all.wait()
                 while not (finished.is_set() and len(got) == reader.length):
                     piece = reader.read(len(got), random.randrange(1, 5000))
                     got += piece
@@ -180,6 +181,7 @@ class TestReadingWhileWriting:
             threads = [threading.Thread(target=listen, args=(writer,)) for _ in range(4)]
             for thread in threads:
                 thread.start()
+            open_by_all.wait()
             for start in range(0, len(data), 1000):
                 writer.write(data[start : start + 1000])
                 assert writer.length == min(start + 1000, len(data))
